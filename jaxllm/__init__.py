@@ -1,0 +1,9 @@
+"""jaxllm: large language models as pure JAX functions."""
+
+from jaxllm.config import ModelConfig
+from jaxllm.layers import capture, forward, hidden, logits
+from jaxllm.model import Model, bundled, load, load_config
+from jaxllm.state import State, evict, init_state, insert, load_state, rewind, save_state, select_rows
+from jaxllm.taps import Taps
+
+__version__ = "0.1.0"

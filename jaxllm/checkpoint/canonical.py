@@ -1,0 +1,197 @@
+"""Checkpoint tensors, one at a time, into the canonical parameter tree; every difference in one error."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxllm.config import Block, ModelConfig, params_shape
+from jaxllm.errors import CheckpointError
+from jaxllm.families.base import Family, Rule
+from jaxllm.families.layouts import deinterleave, rotary_rows
+
+# Tables that older files carry and nobody needs.
+IGNORED = re.compile(
+    r".*(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attention\.(masked_)?bias|\.attn\.(masked_)?bias|attn\.causal_mask)"
+)
+SUFFIX = {"weight": "w", "bias": "b", None: ""}
+
+
+class Piece(NamedTuple):
+    """A canonical parameter, or row `index` of one that stacks experts."""
+
+    path: str
+    index: int | None
+    value: np.ndarray
+
+
+def destination(name: str, family: Family) -> tuple[Rule, str, str] | None:
+    """(rule, canonical path, leaf) of a checkpoint tensor; None where no rule knows it."""
+    stem, leaf = re.fullmatch(r"(.*?)(?:\.(weight|bias))?", name, re.DOTALL).groups()
+    for rule in family.rules:
+        if match := re.fullmatch(rule.pattern, stem):
+            return rule, match.expand(rule.path), SUFFIX[leaf]
+    return None
+
+
+def skipped(name: str, config: ModelConfig, family: Family) -> bool:
+    """Whether a tensor is known to carry nothing the decoder needs."""
+    if IGNORED.fullmatch(name) or any(re.fullmatch(p, name) for p in family.skip):
+        return True
+    found = destination(name, family)
+    return bool(found and found[1:] == ("head", "w") and config.tied)
+
+
+def pieces(name: str, x: np.ndarray, config: ModelConfig, family: Family) -> Iterator[Piece]:
+    """The canonical parameters inside one checkpoint tensor, in jaxllm's one layout."""
+    rule, path, leaf = destination(name, family)
+    path, _, index = path.partition("@")
+    block = _block(path, config)
+    if family.conv1d and leaf == "w" and x.ndim == 2 and path not in ("embed", "positions"):
+        x = x.T
+    parts = rule.split(x, leaf, block) if rule.split else {leaf: x}
+    for below, part in parts.items():
+        where = f"{path}.{below}" if below else path
+        yield Piece(where, int(index) if index else None, _one_layout(where, part, block, family))
+
+
+def _block(path: str, config: ModelConfig) -> Block | None:
+    number = re.match(r"layers\.(\d+)\.", path)
+    if not number:
+        return None
+    i = int(number[1])
+    if i >= len(config.blocks):
+        raise CheckpointError(f"layer {i}, but the config has {len(config.blocks)}")
+    return config.blocks[i]
+
+
+def _one_layout(path: str, x: np.ndarray, block: Block | None, family: Family) -> np.ndarray:
+    if family.interleaved and block:
+        for heads, dims, at in rotary_rows(path, x.shape, block):
+            x = deinterleave(x, heads, dims, at=at).reshape(x.shape)
+    if family.one_plus and re.fullmatch(family.one_plus, path):
+        x = x.astype(np.float32) + 1  # in bf16 the sum would lose what w says
+    return x
+
+
+def assemble(
+    tensors: dict[str, Callable[[], np.ndarray]],
+    config: ModelConfig,
+    family: Family,
+    *,
+    place: Callable[[str, np.ndarray], object],
+    source: str,
+    on_tensor: Callable[[str], None] = lambda name: None,
+) -> dict:
+    """Read tensors one by one into the nested parameter tree that `config` describes.
+
+    tensors: name -> reader of its values; place(path, array) makes the final leaf, so that at most one tensor
+    is held beside the result. Raises CheckpointError that lists everything missing, unknown, doubled or of the
+    wrong shape, before the first value is read where names and shapes tell.
+    """
+    tree = _Tree(params_shape(config), place)
+    for name, read in tensors.items():
+        if skipped(name, config, family):
+            continue
+        if destination(name, family) is None:
+            tree.problems.append(f"{name}: not a tensor of this architecture")
+            continue
+        try:
+            for piece in pieces(name, read(), config, family):
+                tree.put(name, piece)
+        except (CheckpointError, ValueError, IndexError, AttributeError) as error:
+            tree.problems.append(f"{name}: {error}")
+        on_tensor(name)
+    if family.unit_norm:
+        tree.fill_norms()
+    problems = [*tree.problems, *tree.missing()]
+    if problems:
+        raise CheckpointError(_listed(source, problems))
+    return nest(tree.leaves)
+
+
+class _Tree:
+    """The parameter tree being filled, and what went wrong."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], place: Callable[[str, np.ndarray], object]):
+        self.shapes, self.place = shapes, place
+        self.leaves: dict[str, object] = {}
+        self.stacks: dict[str, tuple[np.ndarray, set[int]]] = {}
+        self.problems: list[str] = []
+        self.faulty: set[str] = set()
+
+    def put(self, name: str, piece: Piece) -> None:
+        path, index, value = piece
+        want = self.shapes.get(path)
+        if want is None:
+            self.problems.append(f"{name}: the config has no place {path} for it")
+        elif path in self.leaves:
+            self.problems.append(f"{name}: {path} was already given")
+        elif value.shape != (want if index is None else want[1:]):
+            self.faulty.add(path)
+            self.problems.append(f"{name}: {path} should have shape {list(want)}, got {list(value.shape)}")
+        elif index is None:
+            self.leaves[path] = self.place(path, value)
+        else:
+            self._stack(name, path, index, value)
+
+    def _stack(self, name: str, path: str, index: int, value: np.ndarray) -> None:
+        want = self.shapes[path]
+        stack, rows = self.stacks.setdefault(path, (np.empty(want, value.dtype), set()))
+        if index >= want[0] or index in rows:
+            self.problems.append(f"{name}: {path} has rows 0 to {want[0] - 1}, each once; got {index}")
+            return
+        stack[index] = value
+        rows.add(index)
+        if len(rows) == want[0]:
+            self.leaves[path] = self.place(path, stack)
+            del self.stacks[path]
+
+    def fill_norms(self) -> None:
+        for path, shape in self.shapes.items():
+            if path not in self.leaves and path.endswith(("norm.w", "pre.w", "post.w")):
+                self.leaves[path] = self.place(path, np.ones(shape, np.float32))
+
+    def missing(self) -> list[str]:
+        absent = [p for p in self.shapes if p not in self.leaves and p not in self.faulty]
+        return [f"{p} {list(self.shapes[p])} is missing" for p in absent]
+
+
+def _listed(source: str, problems: list[str], most: int = 40) -> str:
+    more = [f"... and {len(problems) - most} more"] if len(problems) > most else []
+    head = (
+        f"{source} does not hold the weights its config describes; get the files again, or the right config:"
+    )
+    return "\n  ".join([head, *problems[:most], *more])
+
+
+def nest(flat: dict[str, object]) -> dict:
+    """{"layers.0.mixer.q.w": x, ...} -> {"layers": [{"mixer": {"q": {"w": x}}}, ...], ...}."""
+    tree: dict = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split(".")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    layers = tree.get("layers", {})
+    tree["layers"] = [layers[str(i)] for i in range(len(layers))]
+    return tree
+
+
+def flatten(params: dict) -> dict[str, object]:
+    """The inverse of `nest`."""
+    out = {}
+
+    def walk(prefix, node):
+        if isinstance(node, dict | list):
+            for key, child in node.items() if isinstance(node, dict) else enumerate(node):
+                walk(f"{prefix}{key}.", child)
+        else:
+            out[prefix[:-1]] = node
+
+    walk("", params)
+    return out

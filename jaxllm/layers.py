@@ -1,0 +1,516 @@
+"""The maths, as pure functions over parameter dicts.
+
+B batch, T new tokens, S cache slots, D width, H heads, K kv heads, G = H/K, h head dim, F hidden, E experts,
+V vocabulary, r latent rank, C convolution channels, N = B*T.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxllm import ops
+from jaxllm.config import (
+    MLA,
+    MLP,
+    Attention,
+    Block,
+    DeltaNet,
+    Mamba,
+    Mamba2,
+    ModelConfig,
+    MoE,
+    Norm,
+    QKNorm,
+    Rope,
+)
+from jaxllm.errors import ContextError
+from jaxllm.state import KV, Latent, Recurrent, State, Step, begin, init_state, visible, write
+from jaxllm.taps import Recorder, Taps
+
+Array = jax.Array
+F32 = jnp.float32
+
+
+# ---- small pieces ---------------------------------------------------------------------------------------
+
+
+def linear(p: dict, x: Array, out: jnp.dtype | None = None) -> Array:
+    """x [..., in] -> [..., out], with p["w"] [out, in] and, where present, p["b"] [out]."""
+    y = ops.matmul(x, p["w"], out=out)
+    return y + p["b"].astype(y.dtype) if "b" in p else y
+
+
+def norm(n: Norm, p: dict, x: Array) -> Array:
+    """RMSNorm (arXiv 1910.07467) or LayerNorm (1607.06450) over the last axis, in f32, back in x's dtype."""
+    y = x.astype(F32)
+    if n.kind == "layer":
+        y = y - y.mean(-1, keepdims=True)
+    y = y * lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + n.eps) * p["w"].astype(F32)
+    return (y + p["b"].astype(F32) if n.bias else y).astype(x.dtype)
+
+
+def rotate(rope: Rope | None, x: Array, pos: Array) -> Array:
+    """Rotary embedding (arXiv 2104.09864) of x [B, T, heads, h] at positions i32 [B, T], halves rotated together."""
+    if rope is None:
+        return x
+    n = len(rope.inv_freq)
+    angle = pos[:, :, None, None].astype(F32) * jnp.asarray(rope.inv_freq, F32)
+    cos, sin = jnp.cos(angle) * rope.amplitude, jnp.sin(angle) * rope.amplitude
+    a, b, rest = x[..., :n].astype(F32), x[..., n : 2 * n].astype(F32), x[..., 2 * n :]
+    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+    return jnp.concatenate([turned, rest], -1) if rest.shape[-1] else turned
+
+
+def activate(act: str, gate: Array, up: Array | None = None) -> Array:
+    """The feed-forward's nonlinearity of `gate`, times `up` where the layer is gated."""
+    if act == "clamped_swiglu":
+        gate, up = jnp.minimum(gate, 7.0), jnp.clip(up, -7.0, 7.0) + 1
+        return gate * jax.nn.sigmoid(1.702 * gate) * up
+    y = _ACTIVATION[act](gate)
+    return y if up is None else y * up
+
+
+_ACTIVATION = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_quick": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+}
+
+
+# ---- attention ------------------------------------------------------------------------------------------
+
+
+def attention(m: Attention, p: dict, x: Array, cache: KV, step: Step, tap: Recorder):
+    """Multi-head attention with grouped keys; x [B, T, D] -> ([B, T, D], cache)."""
+    B, T, _ = x.shape
+    H, K, h = m.heads, m.kv_heads, m.head_dim
+    q, k, v = (linear(p[name], x) for name in "qkv")
+    if m.clip:
+        q, k, v = (jnp.clip(a, -m.clip, m.clip) for a in (q, k, v))
+    if m.qk_norm and m.qk_norm.over == "full":
+        q, k = _qk_norm(m.qk_norm, p, q, k)
+    q, k, v = q.reshape(B, T, H, h), k.reshape(B, T, K, h), v.reshape(B, T, K, h)
+    q, k = _place(m, p, q, k, step)
+    q, k, v = tap("mixer.q", q), tap("mixer.k", k), tap("mixer.v", v)
+    cache = write(cache, (k, v), step)
+    mask = visible(cache, step, m.window, m.chunk)
+    q = q.reshape(B, T, K, H // K, h).astype(cache.k.dtype)
+    y = _attend(q, cache.k, cache.v, mask, tap, **_scoring(m, p, cache, step))
+    y = tap("mixer.heads", y.reshape(B, T, H, h)).reshape(B, T, H * h).astype(x.dtype)
+    if m.gate:
+        y = y * jax.nn.sigmoid(linear(p["gate"], x))
+    return linear(p["o"], y), cache
+
+
+def _place(m: Attention, p: dict, q: Array, k: Array, step: Step):
+    """Norm and rotate queries and keys, in the order the model wants."""
+    per_head = m.qk_norm if m.qk_norm and m.qk_norm.over != "full" else None
+    if per_head and not per_head.after_rope:
+        q, k = _qk_norm(per_head, p, q, k)
+    q, k = rotate(m.rope, q, step.pos), rotate(m.rope, k, step.pos)
+    if per_head and per_head.after_rope:
+        q, k = _qk_norm(per_head, p, q, k)
+    if m.query_scale:
+        steps = jnp.floor((step.pos.astype(F32) + 1) / m.query_scale.every)
+        scale = 1 + jnp.log(steps + 1) * m.query_scale.factor
+        q = (q * scale[:, :, None, None]).astype(q.dtype)
+    return q, k
+
+
+def _qk_norm(n: QKNorm, p: dict, q: Array, k: Array):
+    return norm(n.norm, p["q_norm"], q), norm(n.norm, p["k_norm"], k)
+
+
+def _scoring(m: Attention, p: dict, cache: KV, step: Step) -> dict:
+    G = m.heads // m.kv_heads
+    bias = sinks = None
+    if m.alibi:
+        distance = (cache.pos[:, None, :] - step.pos[:, :, None]).astype(F32)
+        slope = jnp.asarray(m.alibi, F32).reshape(m.kv_heads, 1, G, 1)
+        bias = slope * distance[:, None, :, None]  # [B, K, T, G, S]
+    if m.sinks:
+        sinks = p["sinks"].reshape(m.kv_heads, G)
+    return dict(scale=m.scale, softcap=m.softcap, bias=bias, sinks=sinks)
+
+
+def _attend(q: Array, k: Array, v: Array, mask: Array, tap: Recorder, **scoring) -> Array:
+    if not tap.wants("mixer.scores"):
+        return ops.attend(q, k, v, mask, **scoring)
+    weights = ops.attention_weights(q, k, mask, **scoring)  # [B, K, T, G, S]
+    B, K, T, G, S = weights.shape
+    flat = tap("mixer.scores", weights.transpose(0, 1, 3, 2, 4).reshape(B, K * G, T, S))
+    return ops.weighted_sum(flat.reshape(B, K, G, T, S).transpose(0, 1, 3, 2, 4), v)
+
+
+def latent_attention(m: MLA, p: dict, x: Array, cache: Latent, step: Step, tap: Recorder):
+    """Multi-head latent attention (arXiv 2405.04434), keys and values absorbed into queries and outputs."""
+    B, T, _ = x.shape
+    n, r = m.nope_dim, m.kv_rank
+    q = norm(m.norm, p["q_norm"], linear(p["q_a"], x)) if m.q_rank else x
+    q = linear(p["q"], q).reshape(B, T, m.heads, n + m.rope.dims)
+    c = linear(p["kv_a"], x)[:, :, None]  # [B, T, 1, r + rope dims]
+    latent = norm(m.norm, p["kv_norm"], c[..., :r])
+    c = jnp.concatenate([latent, rotate(m.rope, c[..., r:], step.pos)], -1)
+    cache = write(cache, (c,), step)
+    q = jnp.concatenate([ops.per_head(q[..., :n], p["k_b"]), rotate(m.rope, q[..., n:], step.pos)], -1)
+    mask = visible(cache, step)
+    q = q[:, :, None].astype(cache.c.dtype)  # one kv head: [B, T, 1, H, r + rope dims]
+    y = _attend(q, cache.c, cache.c[..., :r], mask, tap, scale=m.scale)[:, :, 0].astype(x.dtype)
+    y = tap("mixer.heads", ops.per_head(y, p["v_b"]))
+    return linear(p["o"], y.reshape(B, T, m.heads * m.v_dim)), cache
+
+
+# ---- recurrent mixers -----------------------------------------------------------------------------------
+
+
+def causal_conv(p: dict, x: Array, past: Array, live: Array) -> tuple[Array, Array]:
+    """Depthwise convolution of x [B, T, C] after `past` [B, kernel-1, C] -> ([B, T, C] f32, the new past).
+
+    live bool [B, T] marks real tokens; a row's past ends at its last real one.
+    """
+    T, kernel = x.shape[1], p["w"].shape[-1]
+    line = jnp.concatenate([past, x.astype(past.dtype)], 1)
+    keep = jax.vmap(lambda row, n: lax.dynamic_slice_in_dim(row, n, kernel - 1))
+    past = keep(line, live.sum(1))
+    w = p["w"].astype(F32)
+    y = sum(line[:, i : i + T].astype(F32) * w[:, i] for i in range(kernel))
+    return (y + p["b"].astype(F32) if "b" in p else y), past
+
+
+def _recur(step, memory: Array, *inputs: Array):
+    """Run `step(memory, inputs at one time) -> (memory, y)` along axis 1 of the inputs."""
+    memory, y = lax.scan(step, memory, tuple(a.swapaxes(0, 1) for a in inputs))
+    return y.swapaxes(0, 1), memory
+
+
+def mamba(m: Mamba, p: dict, x: Array, cache: Recurrent, step: Step, tap: Recorder):
+    """Selective state space layer (arXiv 2312.00752)."""
+    live = step.pos >= 0
+    u, z = jnp.split(linear(p["in"], x), 2, -1)
+    u, conv = causal_conv(p["conv"], u, cache.conv, live)
+    u = jax.nn.silu(u)
+    dt, b, c = jnp.split(linear(p["x"], u.astype(x.dtype)), [m.dt_rank, m.dt_rank + m.states], -1)
+    # A time step of 0 leaves the memory alone: padding costs nothing.
+    dt = jax.nn.softplus(linear(p["dt"], dt).astype(F32)) * live[..., None]
+    a = -jnp.exp(p["a_log"].astype(F32))
+
+    def one(memory, now):
+        dt, u, b, c = now
+        memory = jnp.exp(dt[..., None] * a) * memory + (dt * u)[..., None] * b[:, None]
+        return memory, jnp.einsum("bin,bn->bi", memory, c)
+
+    y, memory = _recur(one, cache.memory, dt, u, b.astype(F32), c.astype(F32))
+    y = (y + u * p["d"].astype(F32)) * jax.nn.silu(z.astype(F32))
+    return linear(p["out"], y.astype(x.dtype)), Recurrent(conv, memory)
+
+
+def mamba2(m: Mamba2, p: dict, x: Array, cache: Recurrent, step: Step, tap: Recorder):
+    """State space duality layer (arXiv 2405.21060), in its recurrent form."""
+    B, T, _ = x.shape
+    live = step.pos >= 0
+    z, u, dt = jnp.split(linear(p["in"], x), [m.inner, m.inner + m.conv_width], -1)
+    u, conv = causal_conv(p["conv"], u, cache.conv, live)
+    u, b, c = jnp.split(jax.nn.silu(u), [m.inner, m.inner + m.groups * m.states], -1)
+    u = u.reshape(B, T, m.heads, m.head_dim)
+    b, c = (jnp.repeat(a.reshape(B, T, m.groups, m.states), m.heads // m.groups, 2) for a in (b, c))
+    dt = jax.nn.softplus(dt.astype(F32) + p["dt_bias"].astype(F32))
+    dt = jnp.clip(dt, *m.dt_limit) * live[..., None]
+    decay = jnp.exp(-dt * jnp.exp(p["a_log"].astype(F32)))
+
+    def one(memory, now):
+        decay, dt, u, b, c = now
+        memory = decay[..., None, None] * memory + (dt[..., None] * u)[..., None] * b[:, :, None]
+        return memory, jnp.einsum("bhdn,bhn->bhd", memory, c)
+
+    y, memory = _recur(one, cache.memory, decay, dt, u, b, c)
+    y = (y + u * p["d"].astype(F32)[:, None]).reshape(B, T, m.inner)
+    y = norm(m.norm, p["norm"], y * jax.nn.silu(z.astype(F32)))
+    return linear(p["out"], y.astype(x.dtype)), Recurrent(conv, memory)
+
+
+def delta_net(m: DeltaNet, p: dict, x: Array, cache: Recurrent, step: Step, tap: Recorder):
+    """Gated delta rule (arXiv 2412.06464): forget by exp(g), then write what the memory gets wrong."""
+    B, T, _ = x.shape
+    live = (step.pos >= 0)[..., None]
+    u, conv = causal_conv(p["conv"], linear(p["qkv"], x), cache.conv, live[..., 0])
+    keys = m.k_heads * m.k_dim
+    q, k, v = jnp.split(jax.nn.silu(u), [keys, 2 * keys], -1)
+    repeat = m.v_heads // m.k_heads
+    q, k = (jnp.repeat(_unit(a.reshape(B, T, m.k_heads, m.k_dim)), repeat, 2) for a in (q, k))
+    v = v.reshape(B, T, m.v_heads, m.v_dim)
+    beta = jax.nn.sigmoid(linear(p["b"], x).astype(F32)) * live
+    rate = jax.nn.softplus(linear(p["a"], x).astype(F32) + p["dt_bias"].astype(F32))
+    decay = jnp.exp(-rate * jnp.exp(p["a_log"].astype(F32)) * live)
+
+    def one(memory, now):
+        q, k, v, beta, decay = now
+        memory = memory * decay[..., None, None]
+        error = (v - jnp.einsum("bhkv,bhk->bhv", memory, k)) * beta[..., None]
+        memory = memory + k[..., None] * error[..., None, :]
+        return memory, jnp.einsum("bhkv,bhk->bhv", memory, q)
+
+    y, memory = _recur(one, cache.memory, q * m.k_dim**-0.5, k, v, beta, decay)
+    z = linear(p["z"], x).reshape(B, T, m.v_heads, m.v_dim).astype(F32)
+    y = tap("mixer.heads", norm(m.norm, p["norm"], y) * jax.nn.silu(z))
+    return linear(p["out"], y.reshape(B, T, -1).astype(x.dtype)), Recurrent(conv, memory)
+
+
+def _unit(x: Array) -> Array:
+    return x * lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-6)
+
+
+# ---- feed-forward ---------------------------------------------------------------------------------------
+
+
+def mlp(m: MLP, p: dict, x: Array, tap: Recorder) -> Array:
+    """Two matrices, or three where gated (arXiv 2002.05202); [..., D] -> [..., D]."""
+    up = linear(p["up"], x)
+    hidden = activate(m.act, linear(p["gate"], x), up) if m.gated else activate(m.act, up)
+    return linear(p["down"], tap("ffn.hidden", hidden))
+
+
+def moe(m: MoE, p: dict, x: Array, tap: Recorder) -> Array:
+    """Routed experts; only the chosen ones are computed. [B, T, D] -> [B, T, D]."""
+    B, T, D = x.shape
+    rows = x.reshape(B * T, D)
+    expert, weight = route(m, p["router"], rows)
+    expert = tap("ffn.experts", expert.reshape(B, T, -1)).reshape(B * T, -1)
+    weight = tap("ffn.weights", weight.reshape(B, T, -1)).reshape(B * T, -1)
+    y = routed(m, p, rows, expert, weight).reshape(B, T, D)
+    if m.shared:
+        shared = mlp(MLP(m.shared, m.act), p["shared"], x, tap)
+        y = y + (shared * jax.nn.sigmoid(linear(p["shared_gate"], x)) if m.shared_gate else shared)
+    return y
+
+
+def routed(m: MoE, p: dict, x: Array, expert: Array, weight: Array) -> Array:
+    """sum_i weight[n, i] * expert[n, i](x[n]) for x [N, D], expert i32 [N, k], weight f32 [N, k] -> [N, D]."""
+    order = jnp.argsort(expert.reshape(-1), stable=True)  # rows of one expert lie together
+    owner, token = expert.reshape(-1)[order], order // m.top_k
+    scale = weight.reshape(-1)[order][:, None]
+    rows = x[token]
+    if m.weigh == "input":
+        rows = (rows * scale).astype(x.dtype)
+
+    def each(name, rows):
+        y = ops.grouped_matmul(rows, p[name]["w"], owner)
+        return y + p[name]["b"].astype(F32)[owner] if m.bias else y
+
+    hidden = activate(m.act, each("gate", rows), each("up", rows)).astype(x.dtype)
+    y = each("down", hidden)
+    y = y if m.weigh == "input" else y * scale
+    return jnp.zeros(x.shape, F32).at[token].add(y).astype(x.dtype)
+
+
+def route(m: MoE, p: dict, x: Array) -> tuple[Array, Array]:
+    """The experts of each row of x [N, D] and their weights: i32 [N, k], f32 [N, k]."""
+    scores = linear(p, x.astype(F32))
+    if m.score == "sparsemixer":
+        return _sparsemixer(m, scores)
+    if m.score == "softmax":
+        scores = jax.nn.softmax(scores, -1)
+    elif m.score == "sigmoid":
+        scores = jax.nn.sigmoid(scores)
+    expert = lax.top_k(_choosable(m, p, scores), m.top_k)[1]
+    weight = jnp.take_along_axis(scores, expert, -1)
+    if m.score == "softmax_topk":
+        weight = jax.nn.softmax(weight, -1)
+    if m.renorm:
+        weight = weight / (weight.sum(-1, keepdims=True) + 1e-20)
+    return expert, weight * m.scale
+
+
+def _choosable(m: MoE, p: dict, scores: Array) -> Array:
+    """Scores the choice is made by: corrected, and limited to the best groups of experts (arXiv 2412.19437)."""
+    pick = scores + p["correction"].astype(F32) if m.correction else scores
+    if not m.groups:
+        return pick
+    groups, kept = m.groups
+    by_group = pick.reshape(-1, groups, m.experts // groups)
+    best = lax.top_k(by_group, 2)[0].sum(-1) if m.correction else by_group.max(-1)
+    keep = jax.nn.one_hot(lax.top_k(best, kept)[1], groups).sum(1) > 0
+    floor = 0.0 if m.correction else -jnp.inf
+    return jnp.where(keep[..., None], by_group, floor).reshape(pick.shape)
+
+
+def _sparsemixer(m: MoE, scores: Array) -> tuple[Array, Array]:
+    """Two experts, each weighed among those close to it (SparseMixer, arXiv 2310.00811, at inference)."""
+    experts, weights, left = [], [], scores
+    for _ in range(m.top_k):
+        best = left.max(-1, keepdims=True)
+        index = left.argmax(-1, keepdims=True)
+        far = (best - scores) / jnp.maximum(jnp.abs(scores), best) > 2 * m.jitter
+        share = jax.nn.softmax(jnp.where(far, -jnp.inf, left), -1)
+        experts.append(index)
+        weights.append(jnp.take_along_axis(share, index, -1))
+        left = jnp.where(jax.nn.one_hot(index[:, 0], m.experts, dtype=bool), -jnp.inf, left)
+    return jnp.concatenate(experts, -1).astype(jnp.int32), jnp.concatenate(weights, -1)
+
+
+# ---- block and model ------------------------------------------------------------------------------------
+
+_MIXER = {
+    Attention: attention,
+    MLA: latent_attention,
+    Mamba: mamba,
+    Mamba2: mamba2,
+    DeltaNet: delta_net,
+}
+_FFN = {MLP: mlp, MoE: moe}
+
+
+def block(b: Block, p: dict, x: Array, cache, step: Step, tap: Recorder):
+    """One layer: x [B, T, D] -> ([B, T, D], cache)."""
+
+    def before(name, x):
+        return norm(b.norm, p[name]["pre"], x) if b.pre else x
+
+    def after(name, y):
+        y = norm(b.norm, p[name]["post"], y) if b.post else y
+        return tap(f"{name}.out", y if b.residual == 1.0 else y * b.residual)
+
+    x = tap("in", x)
+    xn = tap("mixer.in", before("mixer", x))
+    mixed, cache = _MIXER[type(b.mixer)](b.mixer, p["mixer"], xn, cache, step, tap)
+    mixed = after("mixer", mixed)
+    if b.ffn is None:
+        return tap("out", x + mixed), cache
+    if b.parallel is None:
+        x = tap("mid", x + mixed)
+    fed = tap("ffn.in", xn if b.parallel == "shared" else before("ffn", x))
+    fed = after("ffn", _FFN[type(b.ffn)](b.ffn, p["ffn"], fed, tap))
+    return tap("out", x + fed if b.parallel is None else x + mixed + fed), cache
+
+
+def hidden(
+    config: ModelConfig,
+    params: dict,
+    tokens: Array,
+    state: State,
+    *,
+    n_new: Array | None = None,
+    depth: Array | None = None,
+    tree: Array | None = None,
+    taps: Taps | None = None,
+) -> tuple[Array, State, dict[str, Array]]:
+    """Append tokens i32 [B, T] to the state -> (x [B, T, D] after the final norm, state, kept activations).
+
+    n_new i32 [B]: how many of a row's T tokens are real (the rest is padding on the right; default all).
+    depth i32 [T] or [B, T] and tree bool [T, T] or [B, T, T]: the tokens are nodes of a tree; node t stands at
+    position length + depth[t] and sees, of the new tokens, those u with tree[t, u] (itself included).
+    Prefill, decode and verification differ only in T.
+
+    Raises ContextError where T cannot fit. A row that overflows inside jit gives NaN, never a wrong answer.
+    """
+    B, T = tokens.shape
+    _check_call(config, tokens, state, n_new)
+    n_new = jnp.full(B, T, jnp.int32) if n_new is None else jnp.asarray(n_new, jnp.int32)
+    step = begin(state, n_new, depth, tree, T)
+    root = Recorder(taps)
+    x = root("embed", _embed(config, params, tokens, step, state, n_new))
+    caches = []
+    for i, (b, p, cache) in enumerate(zip(config.blocks, params["layers"], state.layers, strict=True)):
+        x, cache = block(b, p, x, cache, step, root.at(f"layers.{i}"))
+        caches.append(cache)
+    x = root("norm", norm(config.norm, params["norm"], x))
+    state = dataclasses.replace(state, layers=tuple(caches), length=state.length + n_new)
+    return x, state, root.finish()
+
+
+def _embed(config: ModelConfig, params: dict, tokens, step: Step, state: State, n_new) -> Array:
+    x = ops.embed(params["embed"]["w"], tokens).astype(config.dtype)
+    if config.embed_scale != 1.0:
+        x = x * jnp.asarray(config.embed_scale, x.dtype)
+    if config.positions is not None:
+        row = jnp.maximum(step.pos, 0) + config.positions
+        x = x + params["positions"]["w"][row].astype(x.dtype)
+    if config.embed_norm:
+        x = norm(config.embed_norm, params["embed_norm"], x)
+    if state.capacity is None:
+        return x
+    fits = state.length + n_new <= state.capacity
+    return jnp.where(fits[:, None, None], x, jnp.nan)
+
+
+def _check_call(config: ModelConfig, tokens, state: State, n_new) -> None:
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ContextError(f"tokens must be integers [B, T], got {tokens.dtype}")
+    B, T = tokens.shape
+    if state.length.shape[0] != B or len(state.layers) != len(config.blocks):
+        raise ContextError(
+            f"the state is for {state.length.shape[0]} rows of a model with {len(state.layers)} layers; "
+            f"got {B} rows and {len(config.blocks)} layers"
+        )
+    if T > state.chunk:
+        raise ContextError(
+            f"{T} tokens in one call, but this state takes {state.chunk} at a time; "
+            "make it with init_state(..., chunk=...) or feed it in pieces"
+        )
+    known = not any(isinstance(a, jax.core.Tracer) for a in (state.length, n_new))
+    if known and state.capacity is not None:
+        longest = int(jnp.max(state.length + (T if n_new is None else jnp.asarray(n_new))))
+        if longest > state.capacity:
+            raise ContextError(
+                f"the row would hold {longest} tokens and the state has room for {state.capacity}; "
+                "make a longer state, or one with a window to evict the oldest"
+            )
+
+
+def logits(config: ModelConfig, params: dict, x: Array) -> Array:
+    """Logits f32 [..., V] of x [..., D] as `hidden` returns it."""
+    w = params["embed"]["w"] if config.tied else params["head"]["w"]
+    y = ops.matmul(x, w, out=F32)
+    if config.head_bias:
+        y = y + params["head"]["b"].astype(F32)
+    if config.logit_scale != 1.0:
+        y = y * config.logit_scale
+    if config.logit_softcap:
+        y = jnp.tanh(y / config.logit_softcap) * config.logit_softcap
+    return y
+
+
+def forward(
+    config: ModelConfig,
+    params: dict,
+    tokens: Array,
+    state: State | None = None,
+    *,
+    n_new: Array | None = None,
+    depth: Array | None = None,
+    tree: Array | None = None,
+) -> tuple[Array, State]:
+    """Tokens i32 [B, T] -> (logits f32 [B, T, V] of every position, state).
+
+    Without a state the tokens are the whole context. Pure: jit it (config static), differentiate it, vmap it.
+    The other arguments are those of `hidden`.
+    """
+    out, _, state = capture(config, params, tokens, None, state, n_new=n_new, depth=depth, tree=tree)
+    return out, state
+
+
+def capture(
+    config: ModelConfig,
+    params: dict,
+    tokens: Array,
+    taps: Taps | None,
+    state: State | None = None,
+    *,
+    n_new: Array | None = None,
+    depth: Array | None = None,
+    tree: Array | None = None,
+) -> tuple[Array, dict[str, Array], State]:
+    """`forward` with taps -> (logits, kept activations by name, state)."""
+    tokens = jnp.asarray(tokens)
+    if tokens.ndim != 2:
+        raise ContextError(f"tokens must be [B, T], got shape {tokens.shape}")
+    if state is None:
+        state = init_state(config, *tokens.shape)
+    x, state, kept = hidden(config, params, tokens, state, n_new=n_new, depth=depth, tree=tree, taps=taps)
+    return logits(config, params, x), kept, state

@@ -1,0 +1,331 @@
+"""The decode state: an immutable value. Fork it by keeping two, rewind it by a smaller length.
+
+Every cache slot stores the position it holds (-1: empty) and masks are computed from positions, so full
+caches, rings for sliding windows, ragged rows, rewinding, trees and eviction are the same code.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.config import MLA, Attention, DeltaNet, Mamba, Mamba2, Mixer, ModelConfig
+from jaxllm.errors import CheckpointError, ContextError
+
+Array = jax.Array
+
+
+def _static():
+    return field(metadata=dict(static=True))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KV:
+    """Keys and values of one attention layer."""
+
+    k: Array  # [B, S, K, h]
+    v: Array  # [B, S, K, h]
+    pos: Array  # i32 [B, S]  position held by each slot, -1 empty
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Latent:
+    """The shared latent and rotary key of one MLA layer."""
+
+    c: Array  # [B, S, 1, r + rope dims]
+    pos: Array  # i32 [B, S]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Recurrent:
+    """State of one recurrent layer. It cannot be rewound: keep the old State to go back."""
+
+    conv: Array  # [B, kernel - 1, C]  last inputs of the convolution
+    memory: Array  # f32 [B, ...]  shape as the mixer says
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    layers: tuple[KV | Latent | Recurrent, ...]
+    length: Array  # i32 [B]  tokens seen by each row, evicted ones included
+    capacity: int | None = _static()  # tokens a row may hold; None: the oldest make room
+    chunk: int = _static()  # most tokens one call may append
+    window: int | None = _static()  # an eviction window over every layer, or None
+    sinks: int = _static()  # first positions that are never evicted
+
+
+def init_state(
+    config: ModelConfig,
+    batch: int,
+    max_len: int,
+    *,
+    chunk: int | None = None,
+    window: int | None = None,
+    sinks: int = 0,
+    dtype: str | None = None,
+) -> State:
+    """An empty state for `batch` rows of up to `max_len` tokens.
+
+    chunk: the most tokens one forward will append (default max_len); sliding-window layers keep a ring of
+    window + chunk slots. window: keep only the last `window` tokens in every attention layer, and the first
+    `sinks` of all (StreamingLLM, arXiv 2309.17453); length is then unlimited and positions go on counting.
+    dtype: of the cache, config.dtype if not given.
+
+    Raises ContextError where max_len exceeds what the model was made for, or an option cannot hold.
+    """
+    chunk = min(chunk or max_len, max_len)
+    _check_room(config, batch, max_len, window, sinks)
+    dtype = jnp.dtype(dtype or config.dtype)
+    make = [_layer(b.mixer, batch, max_len, chunk, window, sinks, dtype) for b in config.blocks]
+    length = jnp.zeros(batch, jnp.int32)
+    return State(tuple(make), length, None if window else max_len, chunk, window, sinks)
+
+
+def _check_room(config, batch, max_len, window, sinks) -> None:
+    if batch < 1 or max_len < 1:
+        raise ContextError(f"a state needs batch and max_len of at least 1, got {batch}, {max_len}")
+    if max_len > config.max_len:
+        raise ContextError(
+            f"a state of {max_len} tokens was asked for, but this model was made for {config.max_len}; "
+            f"ask for fewer, load with max_len={max_len} if its rotary scaling allows it, or give a window"
+        )
+    if sinks and not window:
+        raise ContextError("sinks keep tokens from being evicted; they need window=")
+    if window and config.positions is not None:
+        raise ContextError("a window needs relative positions; this model has a table of learned ones")
+    if window and sinks >= window:
+        raise ContextError(f"sinks ({sinks}) must be fewer than the window ({window})")
+
+
+def _layer(m: Mixer, batch, max_len, chunk, window, sinks, dtype) -> KV | Latent | Recurrent:
+    if not isinstance(m, Attention | MLA):
+        channels, kernel, memory = recurrent_shape(m)
+        conv = jnp.zeros((batch, kernel - 1, channels), dtype)
+        return Recurrent(conv, jnp.zeros((batch, *memory), jnp.float32))
+    spans = [w for w in (getattr(m, "window", None), getattr(m, "chunk", None), window) if w]
+    # With an eviction window the length has no bound, so every layer is a ring.
+    slots = sinks + min([w + chunk for w in spans] + ([] if window else [max_len]))
+    pos = jnp.full((batch, slots), -1, jnp.int32)
+    if isinstance(m, MLA):
+        return Latent(jnp.zeros((batch, slots, 1, m.kv_rank + m.rope.dims), dtype), pos)
+    shape = (batch, slots, m.kv_heads, m.head_dim)
+    return KV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), pos)
+
+
+def recurrent_shape(m: Mixer) -> tuple[int, int, tuple[int, ...]]:
+    """(channels of the convolution, its kernel, shape of the memory of one row)."""
+    match m:
+        case Mamba():
+            return m.inner, m.kernel, (m.inner, m.states)
+        case Mamba2():
+            return m.conv_width, m.kernel, (m.heads, m.head_dim, m.states)
+        case DeltaNet():
+            return m.conv_width, m.kernel, (m.v_heads, m.k_dim, m.v_dim)
+
+
+# ---- what a layer does with its cache ------------------------------------------------------------------
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Step:
+    """Where T new tokens of each row go: shared by all layers of one forward."""
+
+    index: Array  # i32 [B, T]  how many tokens of the row came before
+    pos: Array  # i32 [B, T]  position (a tree's nodes share them), -1 for padding
+    tree: Array | None  # bool [B, T, T]  [t, u]: token t sees token u; None: all before it
+    window: int | None = _static()
+    sinks: int = _static()
+
+
+def begin(state: State, n_new: Array, depth: Array | None, tree: Array | None, T: int) -> Step:
+    """The Step that appends T tokens at state.length, of which n_new i32 [B] are real."""
+    t = jnp.arange(T)[None]
+    start = state.length[:, None]
+    pos = jnp.where(t < n_new[:, None], start + (t if depth is None else depth), -1)
+    if tree is not None:
+        tree = jnp.broadcast_to(tree, (pos.shape[0], T, T))
+    return Step(start + t, pos, tree, state.window, state.sinks)
+
+
+def slots(step: Step, size: int) -> Array:
+    """i32 [B, T]: the slot of each new token in a cache of `size` slots; `size` itself for padding."""
+    ring = size - step.sinks
+    wrapped = step.sinks + (step.index - step.sinks) % ring
+    slot = jnp.where(step.index < step.sinks, step.index, wrapped)
+    return jnp.where(step.pos < 0, size, slot)
+
+
+def write(cache: KV | Latent, new: tuple[Array, ...], step: Step) -> KV | Latent:
+    """The cache with new values ([B, T, ...] each, in field order) and their positions in place."""
+    row = jnp.arange(step.pos.shape[0])[:, None]
+    slot = slots(step, cache.pos.shape[1])
+    names = ("k", "v") if isinstance(cache, KV) else ("c",)
+    old = [getattr(cache, n) for n in names]
+    put = [a.at[row, slot].set(x.astype(a.dtype), mode="drop") for a, x in zip(old, new, strict=True)]
+    pos = cache.pos.at[row, slot].set(step.pos, mode="drop")
+    return replace(cache, pos=pos, **dict(zip(names, put, strict=True)))
+
+
+def visible(cache: KV | Latent, step: Step, window: int | None = None, chunk: int | None = None) -> Array:
+    """bool [B, T, S]: which slots each new token sees, from positions alone."""
+    q, s = step.pos[:, :, None], cache.pos[:, None, :]
+    mask = (s >= 0) & (s <= q)
+    if window:
+        mask &= s > q - window
+    if step.window:
+        mask &= (s > q - step.window) | (s < step.sinks)
+    if chunk:
+        mask &= s // chunk == q // chunk
+    if step.tree is None:
+        return mask
+    size = cache.pos.shape[1]
+    row = jnp.arange(q.shape[0])[:, None, None]
+    t = jnp.arange(q.shape[1])[None, :, None]
+    within = step.tree & mask.at[row, t, slots(step, size)[:, None, :]].get(mode="fill", fill_value=False)
+    return mask.at[row, t, slots(step, size)[:, None, :]].set(within, mode="drop")
+
+
+# ---- what a user does with a state ----------------------------------------------------------------------
+
+
+def room(state: State) -> float:
+    """Tokens the fullest row can still take (inf with a window). Reads the device."""
+    return math.inf if state.capacity is None else state.capacity - int(np.max(state.length))
+
+
+def rewind(state: State, length: Array | int) -> State:
+    """The state as it was when each row had `length` tokens (int or i32 [B]); equal to replaying them.
+
+    Raises ContextError for a recurrent layer, for a longer length than the state has, and where a ring has
+    already overwritten what would be needed (more than `chunk` tokens back). The last two are checked when
+    values are known, that is outside jit.
+    """
+    if any(isinstance(c, Recurrent) for c in state.layers):
+        raise ContextError(
+            "a recurrent layer cannot be rewound: keep the State from before, it is still valid"
+        )
+    length = jnp.broadcast_to(jnp.asarray(length, jnp.int32), state.length.shape)
+    if not isinstance(length, jax.core.Tracer) and not isinstance(state.length, jax.core.Tracer):
+        _check_rewind(state, length)
+    keep = [replace(c, pos=jnp.where(c.pos >= length[:, None], -1, c.pos)) for c in state.layers]
+    return replace(state, layers=tuple(keep), length=length)
+
+
+def _check_rewind(state: State, length: Array) -> None:
+    back = np.asarray(state.length) - np.asarray(length)
+    if back.min() < 0 or np.min(length) < 0:
+        raise ContextError(
+            f"rewind goes back to between 0 and {np.asarray(state.length)} tokens, got {np.asarray(length)}"
+        )
+    # A ring has lost something once more than its own slots were written.
+    rings = [c for c in state.layers if state.capacity is None or c.pos.shape[1] < state.capacity]
+    lost = [c for c in rings if np.any((np.asarray(state.length) > c.pos.shape[1]) & (back > state.chunk))]
+    if lost:
+        raise ContextError(
+            f"rewinding {back.max()} tokens needs more than the {state.chunk} a ring keeps; "
+            "fork the state before going that far, or make it with a larger chunk"
+        )
+
+
+def insert(state: State, one: State, slot: Array | int) -> State:
+    """`state` with row `slot` replaced by the only row of `one` (made with the same options).
+
+    Raises ContextError where the two were not made alike.
+    """
+    if jax.tree.structure(state) != jax.tree.structure(one):
+        raise ContextError("insert needs two states made with the same config and options")
+    if one.length.shape[0] != 1:
+        raise ContextError(f"insert takes a state of one row, got {one.length.shape[0]}")
+    different = [
+        (a.shape, b.shape)
+        for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(one), strict=True)
+        if a.shape[1:] != b.shape[1:]
+    ]
+    if different:
+        raise ContextError(f"insert needs rows of equal shape, got {different[0]}")
+    return jax.tree.map(lambda a, b: a.at[slot].set(b[0].astype(a.dtype)), state, one)
+
+
+def select_rows(state: State, rows: Array) -> State:
+    """The state whose row i is row rows[i] of `state`: forking a prompt, reordering beams."""
+    return jax.tree.map(lambda a: a[rows], state)
+
+
+def evict(state: State, policy: Literal["oldest", "all"], *, count: int = 0, sinks: int = 0) -> State:
+    """Forget tokens. "oldest": the `count` oldest after the first `sinks`; "all": everything, length 0.
+
+    Evicted tokens become invisible. Positions are kept, so "oldest" frees room only in a state made with
+    window= (there it also happens by itself); "all" frees the whole state.
+    """
+    if policy == "all":
+        empty = [_cleared(c) for c in state.layers]
+        return replace(state, layers=tuple(empty), length=jnp.zeros_like(state.length))
+    if policy != "oldest":
+        raise ContextError(f"eviction policies are 'oldest' and 'all', got {policy!r}")
+    if any(isinstance(c, Recurrent) for c in state.layers):
+        raise ContextError("a recurrent layer cannot forget its oldest tokens; evict 'all' instead")
+    return replace(state, layers=tuple(_without_oldest(c, count, sinks) for c in state.layers))
+
+
+def _cleared(cache):
+    if isinstance(cache, Recurrent):
+        return jax.tree.map(jnp.zeros_like, cache)
+    return replace(cache, pos=jnp.full_like(cache.pos, -1))
+
+
+def _without_oldest(cache, count: int, sinks: int):
+    candidate = cache.pos >= sinks
+    first = jnp.min(jnp.where(candidate, cache.pos, jnp.iinfo(jnp.int32).max), 1, keepdims=True)
+    return replace(cache, pos=jnp.where(candidate & (cache.pos < first + count), -1, cache.pos))
+
+
+def nbytes(state: State) -> int:
+    """Bytes of all arrays of the state; works on abstract ones too."""
+    return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(state))
+
+
+def save_state(state: State, path: str) -> None:
+    """Write a state to one safetensors file; `load_state` gives it back bit for bit."""
+    from safetensors.numpy import save
+
+    from jaxllm.files import write_whole
+
+    arrays = {str(i): np.asarray(a) for i, a in enumerate(jax.tree.leaves(state))}
+    write_whole(path, save(arrays, metadata={"format": "jaxllm-state", "layout": _layout(state)}))
+
+
+def load_state(path: str, like: State) -> State:
+    """Read a state saved by `save_state` into the shape of `like` (an init_state with the same options).
+
+    Raises CheckpointError where the file is damaged or was made with other options.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="flax") as file:
+            found = (file.metadata() or {}).get("layout")
+            arrays = [file.get_tensor(str(i)) for i in range(len(list(file.keys())))]
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is not a saved state ({error}); save it again with save_state"
+        ) from error
+    if found != _layout(like):
+        raise CheckpointError(
+            f"{path} holds a state of another shape or model; make `like` with the same options"
+        )
+    return jax.tree.unflatten(jax.tree.structure(like), arrays)
+
+
+def _layout(state: State) -> str:
+    leaves = [f"{a.dtype}{list(a.shape)}" for a in jax.tree.leaves(state)]
+    return f"{state.capacity} {state.chunk} {state.window} {state.sinks} {' '.join(leaves)}"
