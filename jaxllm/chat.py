@@ -1,9 +1,9 @@
 """Chat templates: messages to the text a model was trained on, by the checkpoint's own Jinja template.
 
 A template comes with the checkpoint and is not trusted: it runs in Jinja's immutable sandbox, sees plain JSON
-values only, and renders exactly as in transformers (utils/chat_template_utils.py,
-huggingface.co/docs/transformers/chat_templating): trim_blocks, lstrip_blocks, break/continue, {% generation
-%}, tojson without escapes, raise_exception, strftime_now.
+values only, and renders exactly as in transformers (utils/chat_template_utils.py): trim_blocks, lstrip_blocks,
+break and continue, the generation tag, tojson without escapes, raise_exception, strftime_now. The format:
+huggingface.co/docs/transformers/chat_templating.
 """
 
 import datetime
@@ -24,16 +24,12 @@ REASONING = (
 def choose_template(
     own: str | Mapping[str, str] | None, *, asked: str | None = None, with_tools: bool = False
 ) -> str:
-    """The template's source: `asked` (a name among the checkpoint's own, or a source), else tool_use or
-    default.
-    """
+    """The template's source: `asked` (one of the checkpoint's own by name, or a source), else the default."""
     if isinstance(own, Mapping):
         preferred = ("tool_use", "default") if with_tools else ("default",)
         names = [name for name in preferred if name in own]
         if asked is None and not names:
-            raise TokenizerError(
-                f"The tokenizer has the chat templates {sorted(own)}; say which one as template."
-            )
+            raise TokenizerError(f"The tokenizer has the chat templates {sorted(own)}; say which one as template.")
         asked = own[names[0]] if asked is None else own.get(asked, asked)
     elif asked is None and own is None:
         raise TokenizerError(
@@ -64,34 +60,30 @@ def render(
     the messages, or tries what the sandbox forbids.
     """
     given = dict(variables or {})
-    clock = given.pop("strftime_now", None)
-    names = {
-        **plain(given, "a template variable"),
-        "messages": read_messages(messages),
-        "tools": read_dicts(tools, "tools"),
-        "documents": read_dicts(documents, "documents"),
-        "add_generation_prompt": add_generation_prompt,
-        "strftime_now": clock_of(clock),
-    }
-    return run(compiled(source), names)
+    clock = clock_of(given.pop("strftime_now", None))
+    try:
+        names = plain(given, "A template variable")
+        names |= {"messages": read_messages(messages), "add_generation_prompt": add_generation_prompt}
+        names |= {"tools": read_dicts(tools, "tools"), "documents": read_dicts(documents, "documents")}
+    except RecursionError:
+        raise TokenizerError("The messages or variables are nested too deep; do they hold themselves?") from None
+    return run(compiled(source), {**names, "strftime_now": clock})
 
 
 def read_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Fresh plain copies without None values, the reasoning under each name that templates read."""
-    if not messages:
-        raise TokenizerError("A chat needs at least one message, but the list is empty.")
     chat = []
-    for message in read_dicts(messages, "messages"):
+    for message in read_dicts(messages, "messages") or []:
         kept = {key: value for key, value in message.items() if value is not None}
         thought = next((kept[key] for key in REASONING if key in kept), None)
         chat.append(kept if thought is None else {"thinking": thought, **kept, "reasoning_content": thought})
+    if not chat:
+        raise TokenizerError("A chat needs at least one message, but there is none.")
     return chat
 
 
 def read_dicts(values: Sequence[Mapping[str, Any]] | None, what: str) -> list[dict[str, Any]] | None:
-    """Plain copies of a list of dicts; TokenizerError for anything else, functions given as tools
-    included.
-    """
+    """Plain copies of a list of dicts; TokenizerError for anything else, such as functions as tools."""
     if values is None:
         return None
     if isinstance(values, (str, bytes, Mapping)) or not hasattr(values, "__iter__"):
@@ -99,16 +91,12 @@ def read_dicts(values: Sequence[Mapping[str, Any]] | None, what: str) -> list[di
     for value in (values := list(values)):
         if not isinstance(value, Mapping):
             advice = "; describe the function by its JSON schema" if callable(value) else ""
-            raise TokenizerError(
-                f"{what} should be a list of dicts, but holds a {type(value).__name__}{advice}."
-            )
+            raise TokenizerError(f"{what} should be a list of dicts, but holds a {type(value).__name__}{advice}.")
     return plain(values, what)
 
 
 def plain(value: Any, what: str) -> Any:
-    """The value rebuilt from dict, list, str, int, float, bool, None, so that no method of a richer type is
-    in reach.
-    """
+    """The value rebuilt from JSON's own types, so that no method of a richer type is in reach."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, Mapping):
@@ -119,16 +107,14 @@ def plain(value: Any, what: str) -> Any:
         if isinstance(value, kind):
             return kind.__str__(value) if kind is str else kind(value)
     if hasattr(value, "dtype") and getattr(value, "ndim", None) == 0:
-        return value.item()
+        return plain(value.item(), what)
     raise TokenizerError(
         f"{what} should hold JSON values only (text, numbers, lists, dicts), not a {type(value).__name__}."
     )
 
 
 def clock_of(now: Any) -> Callable[[str], str]:
-    """strftime_now for a template: the real clock, a fixed time, a fixed text or the caller's own
-    function.
-    """
+    """strftime_now for a template: the real clock, a fixed time, a fixed text, the caller's function."""
     if now is None:
         return lambda form: datetime.datetime.now().strftime(form)
     if isinstance(now, datetime.date):
@@ -176,9 +162,7 @@ def compiled(source: str) -> Any:
             f"The chat template has a syntax error in line {error.lineno}: {error.message}"
         ) from error
     except Exception as error:  # Python's own compiler refuses some templates that Jinja's grammar allows
-        raise TokenizerError(
-            f"The chat template cannot be compiled: {type(error).__name__}: {error}"
-        ) from error
+        raise TokenizerError(f"The chat template cannot be compiled: {type(error).__name__}: {error}") from error
 
 
 def environment() -> Any:
@@ -201,9 +185,7 @@ def to_json(
     sort_keys: bool = False,
 ) -> str:
     """The tojson filter: JSON as it is, where Jinja's own would escape it for HTML."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def refuse(message: Any) -> None:
@@ -231,9 +213,7 @@ def namespace_type() -> type:
             raise SecurityError(f"a namespace cannot hold the underscore name {name!r}")
 
     class PlainNamespace(Namespace):
-        def __init__(
-            *args: Any, **named: Any
-        ) -> None:  # no `self` in front: a template may name an attribute so
+        def __init__(*args: Any, **named: Any) -> None:  # no `self` in front: a template may name an attribute so
             attributes = dict(*args[1:], **named)
             for name in attributes:
                 check(name)
@@ -247,9 +227,7 @@ def namespace_type() -> type:
 
 
 def generation_tag() -> type:
-    """{% generation %}...{% endgeneration %}, which marks what the assistant wrote: renders its body, in its
-    own scope.
-    """
+    """{% generation %}...{% endgeneration %}, around what the assistant wrote: its body, in a scope."""
     from jinja2 import nodes
     from jinja2.ext import Extension
 

@@ -23,9 +23,8 @@ BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 class Detokenizer:
     """Ids to text one at a time: all that push and the last flush return, joined, is decode of all ids.
 
-    Costs the same for every token. Text is held back only as long as a later id could change it: an
-    unfinished character, or (sentencepiece) a run of byte tokens, which decode reads as a whole or not at
-    all.
+    Costs the same for every token. Text is held back only as long as a later id could change it: an unfinished
+    character, or (sentencepiece) a run of byte tokens, which decode reads as a whole or not at all.
     """
 
     def __init__(
@@ -34,9 +33,7 @@ class Detokenizer:
         parts: Sequence[Mapping[str, Any]],
         skipped: frozenset[int] = frozenset(),
     ):
-        """spelling: id to the vocabulary's token, refusing bad ids; parts: see decoder_parts; skipped: silent
-        ids.
-        """
+        """spelling: id to token, refusing bad ids; parts: see decoder_parts; skipped: ids that give no text."""
         self._spelling, self._parts, self._skipped = spelling, parts, skipped
         self._stages = stages(parts)
 
@@ -57,9 +54,7 @@ class Detokenizer:
 
 
 class _Stage:
-    """One part of a decoder, token by token. Subclasses follow tokenizers/src/decoders, each its
-    decode_chain.
-    """
+    """One part of a decoder, token by token; subclasses follow the decode_chain of their namesakes."""
 
     def push(self, token: str) -> list[str]:
         raise NotImplementedError
@@ -118,9 +113,7 @@ class _Replace(_Stage):
 
 @dataclasses.dataclass
 class _Strip(_Stage):
-    """Strip: up to `most` of one character off the front of each token, or of the whole text behind a
-    Fuse.
-    """
+    """Strip: up to `most` of one character off the front of each token, or of the whole text after Fuse."""
 
     char: str
     most: int
@@ -140,9 +133,7 @@ class _Strip(_Stage):
 
 @dataclasses.dataclass
 class _Metaspace(_Stage):
-    """Metaspace: the replacement is a space, and nothing at all in the first token when one was put in
-    front.
-    """
+    """Metaspace: the replacement is a space, or, if one was put in front, nothing in the first token."""
 
     char: str
     drop: bool

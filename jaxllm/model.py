@@ -148,9 +148,7 @@ def find(path_or_hub_id: str | os.PathLike | None, revision: str | None = None) 
     if path.exists():
         raise CheckpointError(f"{path} is a file; give the folder that holds config.json and the weights")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_hub_id)):
-        raise CheckpointError(
-            f"there is no folder {path}, and it is not a hub id of the form organisation/name"
-        )
+        raise CheckpointError(f"there is no folder {path}, and it is not a hub id of the form organisation/name")
     return _download(str(path_or_hub_id), revision)
 
 
@@ -180,9 +178,7 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ConfigError(
-            f"{folder} has no config.json; give the folder of a Hugging Face checkpoint"
-        ) from error
+        raise ConfigError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint") from error
     except (ValueError, OSError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid JSON ({error}); download it again") from error
     if not isinstance(values, dict):
@@ -203,9 +199,7 @@ def _generation(folder, values, tokenizer) -> tuple[frozenset[int], dict[str, An
         try:
             given = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
-            raise ConfigError(
-                f"{path} is not valid JSON ({error}); download it again or delete it"
-            ) from error
+            raise ConfigError(f"{path} is not valid JSON ({error}); download it again or delete it") from error
     if not isinstance(given, dict):
         raise ConfigError(f"{path} should hold an object, got {type(given).__name__}")
     eos = next((e for e in (given.get("eos_token_id"), values.get("eos_token_id")) if e is not None), None)

@@ -92,8 +92,8 @@ def sample(
     """Draw one token per row: tokens i32 [B], and f32 [B, V] from `Sampler.distribution`.
 
     logits [B, V]; keys: one typed key per row [B] (None will do for a greedy sampler). A row's draw
-    depends on its own key only (Gumbel-max). A row with no token left, or with NaN, gives -1. Pure: what a grammar
-    allows comes in as a `Mask`. Raises SamplerError as `Sampler.distribution` does.
+    depends on its own key only (Gumbel-max). A row with no token left, or with NaN, gives -1.
+    Pure: what a grammar allows comes in as a `Mask`. Raises SamplerError as `Sampler.distribution` does.
     """
     if sampler.greedy:
         logits = _apply(sampler.steps[:-1], logits, context, keys)

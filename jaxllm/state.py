@@ -211,9 +211,7 @@ def rewind(state: State, length: Array | int) -> State:
     values are known, that is outside jit.
     """
     if any(isinstance(c, Recurrent) for c in state.layers):
-        raise ContextError(
-            "a recurrent layer cannot be rewound: keep the State from before, it is still valid"
-        )
+        raise ContextError("a recurrent layer cannot be rewound: keep the State from before, it is still valid")
     length = jnp.broadcast_to(jnp.asarray(length, jnp.int32), state.length.shape)
     if not isinstance(length, jax.core.Tracer) and not isinstance(state.length, jax.core.Tracer):
         _check_rewind(state, length)
@@ -261,20 +259,33 @@ def select_rows(state: State, rows: Array) -> State:
     return jax.tree.map(lambda a: a[rows], state)
 
 
-def evict(state: State, policy: Literal["oldest", "all"], *, count: int = 0, sinks: int = 0) -> State:
-    """Forget tokens. "oldest": the `count` oldest after the first `sinks`; "all": everything, length 0.
+def evict(
+    state: State,
+    policy: Literal["oldest", "all"],
+    *,
+    count: int = 0,
+    sinks: int = 0,
+    rows: Array | None = None,
+) -> State:
+    """Forget tokens, in all rows or where rows bool [B].
 
+    "oldest": the `count` oldest after the first `sinks`; "all": everything, the length becomes 0.
     Evicted tokens become invisible. Positions are kept, so "oldest" frees room only in a state made with
-    window= (there it also happens by itself); "all" frees the whole state.
+    window= (there it also happens by itself); "all" frees the whole row.
     """
     if policy == "all":
-        empty = [_cleared(c) for c in state.layers]
-        return replace(state, layers=tuple(empty), length=jnp.zeros_like(state.length))
+        empty = replace(state, layers=tuple(map(_cleared, state.layers)), length=jnp.zeros_like(state.length))
+        return empty if rows is None else _where(rows, empty, state)
     if policy != "oldest":
         raise ContextError(f"eviction policies are 'oldest' and 'all', got {policy!r}")
     if any(isinstance(c, Recurrent) for c in state.layers):
         raise ContextError("a recurrent layer cannot forget its oldest tokens; evict 'all' instead")
-    return replace(state, layers=tuple(_without_oldest(c, count, sinks) for c in state.layers))
+    less = replace(state, layers=tuple(_without_oldest(c, count, sinks) for c in state.layers))
+    return less if rows is None else _where(rows, less, state)
+
+
+def _where(rows: Array, a: State, b: State) -> State:
+    return jax.tree.map(lambda x, y: jnp.where(rows.reshape(-1, *[1] * (x.ndim - 1)), x, y), a, b)
 
 
 def _cleared(cache):
@@ -316,13 +327,9 @@ def load_state(path: str, like: State) -> State:
             found = (file.metadata() or {}).get("layout")
             arrays = [file.get_tensor(str(i)) for i in range(len(list(file.keys())))]
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is not a saved state ({error}); save it again with save_state"
-        ) from error
+        raise CheckpointError(f"{path} is not a saved state ({error}); save it again with save_state") from error
     if found != _layout(like):
-        raise CheckpointError(
-            f"{path} holds a state of another shape or model; make `like` with the same options"
-        )
+        raise CheckpointError(f"{path} holds a state of another shape or model; make `like` with the same options")
     return jax.tree.unflatten(jax.tree.structure(like), arrays)
 
 

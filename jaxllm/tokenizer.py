@@ -55,28 +55,21 @@ class Tokenizer:
         extra_names: Sequence[str] = (),
         chat_template: str | Mapping[str, str] | None = None,
     ):
-        """backend: a tokenizers.Tokenizer. names: {"bos_token": "<s>", ...}; extra_names: additional special
-        tokens.
-        """
-        self._backend = backend
-        self._decoders = decoder_parts(backend)
-        self._added = {index: token.content for index, token in backend.get_added_tokens_decoder().items()}
-        self._names = {
-            name: token for name, token in (names or {}).items() if backend.token_to_id(token) is not None
-        }
-        self._extra_names = list(extra_names)
+        """backend: a tokenizers.Tokenizer. names: {"bos_token": "<s>", ...}; extra_names: more of them."""
+        self._backend, self._extra_names = backend, list(extra_names)
+        self._names = {name: token for name, token in (names or {}).items() if self.id_of(token) is not None}
+        self._added = backend.get_added_tokens_decoder()
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
         self.bos_id, self.eos_id, self.pad_id = map(self._named_id, ("bos_token", "eos_token", "pad_token"))
         self.chat_template = dict(chat_template) if isinstance(chat_template, Mapping) else chat_template
-        added = backend.get_added_tokens_decoder().items()
-        self.special_ids = frozenset(index for index, token in added if token.special)
+        self.special_ids = frozenset(index for index, token in self._added.items() if token.special)
+        self._decoders = decoder_parts(backend)
         kinds = {part["type"] for part in self._decoders}
-        self._alphabet = (
-            {char: byte for byte, char in enumerate(byte_alphabet())} if "ByteLevel" in kinds else None
-        )
-        self._byte_tokens = "ByteFallback" in kinds
-        self._blank = any(
-            "▁" in (part.get("pattern", {}).get("String"), part.get("replacement")) for part in self._decoders
+        letters = byte_alphabet() if "ByteLevel" in kinds else []
+        self._byte_of = {letter: byte for byte, letter in enumerate(letters)}
+        self._has_byte_tokens = "ByteFallback" in kinds
+        self._has_blanks = any(
+            "▁" in (part.get("replacement"), part.get("pattern", {}).get("String")) for part in self._decoders
         )
 
     def _named_id(self, name: str) -> int | None:
@@ -90,66 +83,56 @@ class Tokenizer:
         cannot spell it.
         """
         if not isinstance(text, str):
-            raise TokenizerError(
-                f"encode takes a text, but got a {type(text).__name__}; decode it to str first."
-            )
-        with refusing(
-            "The text cannot be encoded", "Give valid Unicode text that this vocabulary can spell."
-        ):
+            raise TokenizerError(f"encode takes a text, but got a {type(text).__name__}; decode it to str first.")
+        with refusing("The text cannot be encoded", "Give Unicode text that this vocabulary can spell."):
             text.encode()
             return self._backend.encode(text, add_special_tokens=add_special).ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """The text of ids; bytes that are no UTF-8 become U+FFFD. ids: integers, in a list or a one-axis
-        array.
+        """The text of ids; bytes that are no UTF-8 become U+FFFD.
 
-        Raises TokenizerError for what is no integer, or an id that names no token.
+        ids: integers, in a list or a one-axis array. Raises TokenizerError for what is no integer, or an id
+        that names no token.
         """
         values = ids.tolist() if hasattr(ids, "tolist") else ids
         if not hasattr(values, "__iter__"):
-            raise TokenizerError(
-                f"decode takes a sequence of ids, but got {ids!r}; put a single id in a list."
-            )
-        values = [self._check(index) for index in values]
+            raise TokenizerError(f"decode takes a sequence of ids, but got {ids!r}; put a single id in a list.")
+        values = [self._known(index) for index in values]
         with refusing("The ids cannot be decoded", "Check that they come from this tokenizer."):
             return self._backend.decode(values, skip_special_tokens=skip_special)
 
-    def _check(self, index: Any) -> int:
+    def _known(self, index: Any) -> int:
         """The id as an int that names a token."""
-        self._spelling(index)
-        return operator.index(index)
-
-    def _spelling(self, index: Any) -> str:
-        """How the vocabulary spells a token."""
-        if isinstance(index, bool) or not hasattr(index, "__index__"):
-            raise TokenizerError(f"A token id is an integer, but got {index!r}, a {type(index).__name__}.")
-        value = operator.index(index)
-        spelling = self._backend.id_to_token(value) if 0 <= value < self.vocab_size else None
-        if spelling is None:
+        try:
+            value = operator.index(None if isinstance(index, bool) else index)
+        except TypeError:
+            kind = type(index).__name__
+            raise TokenizerError(f"A token id is an integer, but got {index!r}, a {kind}.") from None
+        if not 0 <= value < self.vocab_size or self._backend.id_to_token(value) is None:
             raise TokenizerError(
                 f"Token id {value} names no token of this tokenizer, whose ids are 0 to "
                 f"{self.vocab_size - 1}. Check that the ids come from a model of this tokenizer."
             )
-        return spelling
+        return value
+
+    def _spelling(self, index: Any) -> str:
+        """How the vocabulary spells a token."""
+        return self._backend.id_to_token(self._known(index))
 
     def token(self, id: int) -> str:
-        r"""The text of one token for display: spaces as spaces, bytes that are no character of their own as
-        \xNN.
-        """
+        r"""The text of one token for display; bytes that are no character by themselves come as \xNN."""
         return self.token_bytes(id).decode("utf-8", errors="backslashreplace")
 
     def token_bytes(self, id: int) -> bytes:
-        """The bytes one token stands for in the middle of a text; an added or special token stands for its
-        own name.
-        """
+        """The bytes one token stands for inside a text; an added or special token stands for its own name."""
         spelling = self._spelling(id)
         if operator.index(id) in self._added:
             return spelling.encode()
-        if self._alphabet is not None and all(char in self._alphabet for char in spelling):
-            return bytes(self._alphabet[char] for char in spelling)
-        if self._byte_tokens and (match := BYTE_TOKEN.fullmatch(spelling)):
+        if self._byte_of and all(letter in self._byte_of for letter in spelling):
+            return bytes(self._byte_of[letter] for letter in spelling)
+        if self._has_byte_tokens and (match := BYTE_TOKEN.fullmatch(spelling)):
             return bytes([int(match[1], 16)])
-        return (spelling.replace("▁", " ") if self._blank else spelling).encode()
+        return (spelling.replace("▁", " ") if self._has_blanks else spelling).encode()
 
     def id_of(self, token: str) -> int | None:
         """The id of a token as the vocabulary spells it ("<|im_end|>", "Ġthe", "▁the"), or None."""
@@ -165,11 +148,10 @@ class Tokenizer:
         template: str | None = None,
         **variables: Any,
     ) -> str:
-        """The prompt of a conversation by the chat template; variables (enable_thinking=False, ...) go to the
-        template.
+        """The prompt of a conversation, by the chat template.
 
-        template: one of the checkpoint's by its name, or a Jinja source. See chat.render for the other
-        arguments, the clock and the errors.
+        template: one of the checkpoint's by its name, or a Jinja source. variables (enable_thinking=False, ...)
+        go to the template. See chat.render for the other arguments, the clock and the errors.
         """
         source = chat.choose_template(self.chat_template, asked=template, with_tools=tools is not None)
         extra = {"additional_special_tokens": self._extra_names} if self._extra_names else {}
@@ -226,9 +208,7 @@ def load_tokenizer(folder: str | pathlib.Path) -> Tokenizer | None:
     if vocabulary is None:
         return None
     names, extra = _names(vocabulary, config)
-    with refusing(
-        f"The special tokens of {folder} do not fit its vocabulary", "Fetch the tokenizer files again."
-    ):
+    with refusing(f"The special tokens of {folder} do not fit its vocabulary", "Fetch its files again."):
         _add_tokens(vocabulary.backend, folder, config, names)
         _add_special(vocabulary.backend, [*names.values(), *extra])
         if not vocabulary.brings_processor:
@@ -243,9 +223,7 @@ def load_tokenizer(folder: str | pathlib.Path) -> Tokenizer | None:
 
 
 def _config(folder: pathlib.Path) -> dict[str, Any]:
-    """tokenizer_config.json with special_tokens_map.json below it, or above where the former has no added
-    tokens.
-    """
+    """tokenizer_config.json and special_tokens_map.json; the latter wins where the former lists no tokens."""
     found = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         found[name] = read_object(folder / name) if (folder / name).is_file() else {}
@@ -255,9 +233,7 @@ def _config(folder: pathlib.Path) -> dict[str, Any]:
         if not isinstance(merged.get(key), bool | None):
             raise TokenizerError(f"{folder}: {key} should be true or false, but is {merged[key]!r}.")
     if not isinstance(merged.get("tokenizer_class"), str | None):
-        raise TokenizerError(
-            f"{folder}: tokenizer_class should be a name, but is {merged['tokenizer_class']!r}."
-        )
+        raise TokenizerError(f"{folder}: tokenizer_class should be a name, but is {merged['tokenizer_class']!r}.")
     return merged
 
 
@@ -265,9 +241,7 @@ def _entry(value: Any, where: str) -> dict[str, Any]:
     """A token given as its text or as a dict of text and flags, always as the latter."""
     entry = {"content": value} if isinstance(value, str) else value
     if not isinstance(entry, dict) or not isinstance(entry.get("content"), str) or not entry["content"]:
-        raise TokenizerError(
-            f"{where} should be a token (its text, or a dict with content), but is {value!r}."
-        )
+        raise TokenizerError(f"{where} should be a token (its text, or a dict with content), but is {value!r}.")
     flags = {flag: entry[flag] for flag in FLAGS if flag in entry}
     if not all(isinstance(flag, bool) for flag in flags.values()):
         raise TokenizerError(f"{where} has flags that are not true or false: {flags}.")
@@ -277,9 +251,7 @@ def _entry(value: Any, where: str) -> dict[str, Any]:
 def _names(
     vocabulary: Vocabulary, config: Mapping[str, Any]
 ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """The named special tokens (every *_token of the config, or the format's defaults) and the additional
-    ones.
-    """
+    """The named special tokens (each *_token of the config, or the format's own) and the additional ones."""
     kind = str(config.get("tokenizer_class") or "").removesuffix("Fast")
     defaults = {**vocabulary.names, **CLASS_NAMES.get(kind, {})}
     names = {
@@ -303,9 +275,7 @@ def _names(
 def _add_tokens(
     backend: Any, folder: pathlib.Path, config: Mapping[str, Any], names: Mapping[str, dict[str, Any]]
 ) -> None:
-    """Adds the tokens of added_tokens_decoder, or of added_tokens.json, and checks that each has the id it
-    should.
-    """
+    """Adds the tokens of added_tokens_decoder, or of added_tokens.json, and checks what ids they get."""
     wanted = _added_of_config(config) if "added_tokens_decoder" in config else _added_of_file(folder, names)
     present = backend.get_added_tokens_decoder()
     tokens = [_token(wanted[index]) for index in sorted(wanted)]
@@ -354,16 +324,12 @@ def _add_special(backend: Any, entries: Sequence[Mapping[str, Any]]) -> None:
     for entry in entries:
         old = known.get(entry["content"])
         kept = {flag: getattr(old, flag) for flag in FLAGS} if old else {"normalized": False}
-        tokens.append(
-            _token({**kept, **({} if old else entry), "content": entry["content"], "special": True})
-        )
+        tokens.append(_token({**kept, **({} if old else entry), "content": entry["content"], "special": True}))
     backend.add_special_tokens(tokens)
 
 
 def _surround(vocabulary: Vocabulary, config: Mapping[str, Any], names: Mapping[str, str]) -> None:
-    """The post-processor: bos in front and eos behind, where the config, or else the format, asks for
-    them.
-    """
+    """The post-processor: bos in front and eos behind, where the config, or else the format, wants them."""
     from tokenizers.processors import TemplateProcessing
 
     before = config.get("add_bos_token")
@@ -398,8 +364,6 @@ def _templates_of(value: Any, where: str) -> dict[str, str]:
     if isinstance(value, list) and all(isinstance(item, dict) for item in value):
         value = {item.get("name"): item.get("template") for item in value}
     found = {"default": value} if isinstance(value, str) else value
-    if not isinstance(found, dict) or not all(
-        isinstance(text, str) for pair in found.items() for text in pair
-    ):
+    if not isinstance(found, dict) or not all(isinstance(text, str) for pair in found.items() for text in pair):
         raise TokenizerError(f"chat_template of {where} should be a Jinja source, or sources by name.")
     return found

@@ -1,5 +1,4 @@
-"""Vocabulary files to one kind of backend: every format becomes a `tokenizers.Tokenizer`, none is guessed by
-its name.
+"""Vocabulary files to one kind of backend: every format becomes a `tokenizers.Tokenizer`.
 
 Formats: tokenizer.json (the tokenizers library's own), vocab.json + merges.txt (byte-level BPE, Radford et
 al. 2019), sentencepiece models (github.com/google/sentencepiece, sentencepiece_model.proto) and tiktoken
@@ -64,9 +63,7 @@ def read_bytes(path: pathlib.Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise TokenizerError(
-            f"{path} cannot be read: {error}. Check the file and its permissions."
-        ) from error
+        raise TokenizerError(f"{path} cannot be read: {error}. Check the file and its permissions.") from error
 
 
 def read_text(path: pathlib.Path) -> str:
@@ -74,9 +71,7 @@ def read_text(path: pathlib.Path) -> str:
     try:
         return read_bytes(path).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise TokenizerError(
-            f"{path} should be UTF-8 text, but is not: {error}. Fetch the file again."
-        ) from error
+        raise TokenizerError(f"{path} should be UTF-8 text, but is not: {error}. Fetch the file again.") from error
 
 
 def read_object(path: pathlib.Path) -> dict[str, Any]:
@@ -181,9 +176,7 @@ def split(pattern: str, prefix: bool = False) -> Any:
     from tokenizers import Regex, pre_tokenizers
 
     words = pre_tokenizers.Split(Regex(pattern), behavior="isolated", invert=False)
-    return pre_tokenizers.Sequence(
-        [words, pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=False)]
-    )
+    return pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=False)])
 
 
 def byte_level(
@@ -215,9 +208,7 @@ def byte_alphabet() -> list[str]:
 def is_tiktoken(data: bytes) -> bool:
     """Whether the first line is a base64 token and its rank; a sentencepiece model starts with a newline."""
     token, _, rank = data.partition(b"\n")[0].strip().partition(b" ")
-    return rank.isdigit() and not token.strip(
-        b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="
-    )
+    return rank.isdigit() and not token.strip(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=")
 
 
 def parse_ranks(path: pathlib.Path, data: bytes) -> dict[bytes, int]:
@@ -252,7 +243,7 @@ def read_tiktoken(path: pathlib.Path, data: bytes) -> Vocabulary:
     if not llama and len(ranks) != QWEN_RANKS:
         raise TokenizerError(
             f"{path} holds {len(ranks)} tiktoken ranks, but such a file does not say how text is split, "
-            f"which is known here for Llama 3 ({LLAMA3_RANKS}) and Qwen 1 ({QWEN_RANKS}) only. Fetch the file "
+            f"which is known here for Llama 3 ({LLAMA3_RANKS}) and Qwen 1 ({QWEN_RANKS}) only. Fetch it "
             "again if it is one of them, or else save the tokenizer as tokenizer.json."
         )
     letters = byte_alphabet()

@@ -1,6 +1,6 @@
 """Compare jaxllm with transformers on one tiny checkpoint, in five modes.
 
-    python -m tests.parity llama gpt2 ...      (all without names)
+python -m tests.parity llama gpt2 ...      (all without names)
 """
 
 from __future__ import annotations
@@ -113,9 +113,7 @@ def _tree(model, run, tokens, want, theirs):
     two = np.full(ROWS, 5), np.full(ROWS, 6)
     nodes = np.stack([tokens[:, 7], tokens[:, 8], two[0], tokens[:, 9], two[1]], 1)
     depth = np.array([0, 1, 1, 2, 2], np.int32)
-    sees = np.array(
-        [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0], [1, 1, 0, 1, 0], [1, 0, 1, 0, 1]], bool
-    )
+    sees = np.array([[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0], [1, 1, 0, 1, 0], [1, 0, 1, 0, 1]], bool)
     out, _ = run(nodes, state, depth=depth, tree=sees)
     other = theirs(np.concatenate([tokens[:, :8], np.stack(two, 1)], 1))
     right = max(_error(out[:, [0, 1, 3]], want[:, 7:10]), _error(out[:, 2], other[:, 8]))

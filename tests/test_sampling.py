@@ -38,8 +38,21 @@ from jaxllm.sampling import (
     top_logprobs,
 )
 
-DRAW = jax.jit(sample)
-DRY = jax.jit(lambda step, logits, context: step(logits, context))
+TRACES = []
+
+
+@jax.jit
+def draw(chain, logits, keys, context=None):
+    """`sample`, compiled once for all tests of one structure; notes each time it is traced."""
+    TRACES.append(1)
+    return sample(chain, logits, keys, context)
+
+
+@jax.jit
+def dry(step, logits, context):
+    return step(logits, context)
+
+
 V = 50
 LOGITS = jnp.asarray(np.random.default_rng(0).normal(size=(7, V)).astype(np.float32) * 3)
 KEYS = jax.random.split(jax.random.key(5), 7)
@@ -78,7 +91,10 @@ def probabilities(steps, probs, context=None, key=None) -> np.ndarray:
     """What the steps make of the logits log(probs), one row."""
     with np.errstate(divide="ignore"):
         logits = jnp.log(jnp.asarray([probs], jnp.float32))
-    return np.exp(Sampler(tuple(steps)).distribution(logits, context, key))[0]
+    chain = Sampler(tuple(steps))
+    reads_recent = "recent" in chain.reads
+    apply = jax.jit(Sampler.distribution) if reads_recent else Sampler.distribution
+    return np.exp(apply(chain, logits, context, key))[0]
 
 
 def window_context(tokens, vocab) -> Context:
@@ -157,7 +173,7 @@ def smallest_kept(letter: str, size: int, lowest: int, number: float) -> int:
     if letter == "m":
         return max(lowest, min(int(np.float32(number) * np.float32(size)), size - 1))
     total = size * (size - 1) // 2 - lowest * (lowest - 1) // 2
-    target, mass, token = np.ceil(np.float32(number) * np.float32(total)), size - 1, size - 1
+    target, mass, token = int(np.ceil(np.float32(number) * np.float32(total))), size - 1, size - 1
     while mass < target:
         token -= 1
         mass += token
@@ -252,11 +268,11 @@ def test_dry_with_a_breaker_of_several_tokens():
 
     def penalty(breakers, tokens=(0, 1, 2, 5, 6, 0, 1, 2)):
         step = Dry(1.0, 2.0, 2, None if breakers is None else jnp.asarray(breakers), window=8)
-        return -np.asarray(DRY(step, jnp.zeros((1, 8)), window_context(list(tokens), 8)))[0]
+        return -np.asarray(dry(step, jnp.zeros((1, 8)), window_context(list(tokens), 8)))[0]
 
     np.testing.assert_allclose(penalty(None), [0, 0, 0, 0, 0, 2, 0, 0])
-    np.testing.assert_allclose(penalty([[6, 0]]), [0, 0, 0, 0, 0, 1, 0, 0])
-    np.testing.assert_allclose(penalty([[0, 1]]), 0)
+    np.testing.assert_allclose(penalty([[6, 0], [-1, -1]]), [0, 0, 0, 0, 0, 1, 0, 0])
+    np.testing.assert_allclose(penalty([[0, 1], [-1, -1]]), 0)
     np.testing.assert_allclose(penalty([[6, 1], [5, -1]]), 0)  # the first is absent, the second spares 5
     long = penalty(None, [1] * 8)  # 7 tokens repeat
     np.testing.assert_allclose(long, [0, 2.0**5, 0, 0, 0, 0, 0, 0])
@@ -282,7 +298,7 @@ def test_dry_equals_its_definition(tokens, singles):
     breakers = jnp.asarray([[b] for b in singles], jnp.int32) if singles else None
     chain = Sampler((Dry(0.7, 1.5, 2, breakers, window=16),))
     context = init_context(chain, 4, [tokens])
-    ours = -np.asarray(DRY(chain.steps[0], jnp.zeros((1, 4)), context))[0]
+    ours = -np.asarray(dry(chain.steps[0], jnp.zeros((1, 4)), context))[0]
     np.testing.assert_allclose(ours, naive_dry(tokens, 4, 0.7, 1.5, 2, singles), rtol=1e-5)
 
 
@@ -346,22 +362,22 @@ def test_draws_follow_the_distribution():
 
 def test_a_row_depends_on_its_own_key_only():
     chain = sampler(temperature=1.1, top_p=0.95, xtc_probability=0.5)
-    tokens, logprobs = DRAW(chain, LOGITS, KEYS)
+    tokens, logprobs = draw(chain, LOGITS, KEYS)
     assert len(set(np.asarray(tokens).tolist())) > 1
     for row in range(7):
-        alone, alone_logprobs = DRAW(chain, LOGITS[row : row + 1], KEYS[row : row + 1])
+        alone, alone_logprobs = draw(chain, LOGITS[row : row + 1], KEYS[row : row + 1])
         assert int(alone[0]) == int(tokens[row])
         np.testing.assert_allclose(alone_logprobs[0], logprobs[row], rtol=1e-6)
         for place in range(7):
             order = np.roll(np.arange(7), place)
-            moved, _ = DRAW(chain, LOGITS[order], KEYS[order])
+            moved, _ = draw(chain, LOGITS[order], KEYS[order])
             assert int(moved[list(order).index(row)]) == int(tokens[row])
 
 
 def test_sample_returns_the_distribution_it_draws_from():
     chain = sampler(**EVERYTHING)
     context = init_context(chain, V, PROMPTS)
-    tokens, logprobs = DRAW(chain, LOGITS, KEYS, context)
+    tokens, logprobs = draw(chain, LOGITS, KEYS, context)
     np.testing.assert_allclose(logprobs, chain.distribution(LOGITS, context, KEYS), rtol=1e-5)
     assert np.isfinite(np.asarray(logprobs)[np.arange(7), np.asarray(tokens)]).all()
     np.testing.assert_allclose(np.exp(logprobs).sum(-1), 1, rtol=1e-5)
@@ -381,11 +397,14 @@ def test_greedy_is_argmax():
 
 
 def test_rows_with_nothing_left_give_minus_one_and_no_nan():
-    chain = Sampler((Mask(jnp.zeros((1, V), bool).at[0, 3].set(False)), *sampler(**EVERYTHING).steps))
-    context = init_context(chain, V, PROMPTS[:1])
-    tokens, logprobs = DRAW(chain, LOGITS[:1], KEYS[:1], context)
-    assert tokens.tolist() == [-1]
-    assert (np.asarray(logprobs) == -np.inf).all()
+    chain = sampler(**EVERYTHING)
+    logits = LOGITS.at[2].set(-jnp.inf)
+    tokens, logprobs = draw(chain, logits, KEYS, init_context(chain, V, PROMPTS))
+    assert int(tokens[2]) == -1
+    assert (np.delete(tokens, 2) >= 0).all()
+    assert (np.asarray(logprobs)[2] == -np.inf).all()
+    assert not np.isnan(logprobs).any()
+    assert sample(Sampler((Mask(jnp.zeros(V, bool)), Greedy())), LOGITS, None)[0].tolist() == [-1] * 7
     assert sample(sampler(), jnp.full((1, V), jnp.nan), KEYS[:1])[0].tolist() == [-1]
     dead = jnp.full((1, V), -jnp.inf)
     assert sample(GREEDY, dead, None)[0].tolist() == [-1]
@@ -395,19 +414,13 @@ def test_rows_with_nothing_left_give_minus_one_and_no_nan():
 
 
 def test_one_trace_for_different_values():
-    traces = []
-
-    @jax.jit
-    def run(chain, logits, keys, context):
-        traces.append(1)
-        return sample(chain, logits, keys, context)
-
-    outputs = set()
+    outputs, traces = set(), set()
     for scale in (0.5, 0.7, 0.9):
         numbers = {n: v * scale for n, v in EVERYTHING.items() if isinstance(v, float)}
         chain = sampler(**EVERYTHING | numbers | {"top_k": int(20 * scale)})
-        _, logprobs = run(chain, LOGITS, KEYS, init_context(chain, V, PROMPTS))
+        _, logprobs = draw(chain, LOGITS, KEYS, init_context(chain, V, PROMPTS))
         outputs.add(np.asarray(logprobs).tobytes())
+        traces.add(len(TRACES))
     assert len(traces) == 1
     assert len(outputs) == 3
 
@@ -417,7 +430,7 @@ def test_under_jit_vmap_and_scan():
     start = init_context(chain, V, PROMPTS)
 
     def step(context, keys):
-        tokens, _ = DRAW(chain, LOGITS, keys, context)
+        tokens, _ = draw(chain, LOGITS, keys, context)
         return observe(context, tokens, jnp.ones(7, bool)), tokens
 
     many = jax.random.split(jax.random.key(0), (4, 7))
@@ -426,8 +439,9 @@ def test_under_jit_vmap_and_scan():
     for keys, expected in zip(many, scanned, strict=True):
         context, tokens = step(context, keys)
         np.testing.assert_array_equal(tokens, expected)
-    both = jax.vmap(lambda x, k: DRAW(chain, x, k, start)[0])(jnp.stack([LOGITS] * 4), many)
-    apart = jnp.stack([DRAW(chain, LOGITS, keys, start)[0] for keys in many])
+    short = sampler(temperature=0.8, top_k=9, top_p=0.9)
+    both = jax.vmap(lambda x, k: draw(short, x, k)[0])(jnp.stack([LOGITS] * 4), many)
+    apart = jnp.stack([draw(short, LOGITS, keys)[0] for keys in many])
     np.testing.assert_array_equal(both, apart)
 
 
@@ -464,9 +478,7 @@ def test_context_holds_only_what_is_read_and_follows_the_tokens():
 
 def test_penalties_look_at_the_right_tokens():
     context = init_context(sampler(repetition_penalty=2.0), 5, [[0, 0]])
-    context = observe(
-        observe(context, jnp.asarray([1]), jnp.ones(1, bool)), jnp.asarray([1]), jnp.ones(1, bool)
-    )
+    context = observe(observe(context, jnp.asarray([1]), jnp.ones(1, bool)), jnp.asarray([1]), jnp.ones(1, bool))
     logits = jnp.asarray([[1.0, -1.0, 1.0, 0.0, 4.0]])
     np.testing.assert_allclose(RepetitionPenalty(2.0)(logits, context), [[0.5, -2, 1, 0, 4]])
     np.testing.assert_allclose(PresencePenalty(0.5)(logits, context), [[1, -1.5, 1, 0, 4]])
@@ -494,10 +506,10 @@ def test_merge_equals_separate():
     assert merge(samplers[:1] * 7).needs_context
     context = init_context(merged, V, PROMPTS)
     for _ in range(3):
-        tokens, logprobs = DRAW(merged, LOGITS, KEYS, context)
+        tokens, logprobs = draw(merged, LOGITS, KEYS, context)
         for row, chain in enumerate(samplers):
             one = jax.tree.map(lambda x, row=row: x[row : row + 1], context)
-            alone, apart = DRAW(chain, LOGITS[row : row + 1], KEYS[row : row + 1], one)
+            alone, apart = sample(chain, LOGITS[row : row + 1], KEYS[row : row + 1], one)
             np.testing.assert_allclose(logprobs[row], apart[0], rtol=1e-5, atol=1e-6)
             assert int(alone[0]) == int(tokens[row])
         context = observe(context, tokens, jnp.ones(7, bool))

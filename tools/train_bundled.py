@@ -146,9 +146,7 @@ def optimizers(model, lr, matrix_lr):
     inside = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     rest = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     return [
-        torch.optim.Muon(
-            inside, lr=matrix_lr, momentum=0.95, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"
-        ),
+        torch.optim.Muon(inside, lr=matrix_lr, momentum=0.95, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 
@@ -288,9 +286,7 @@ def evaluate(work):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["tokenizer", "train", "evaluate"])
     parser.add_argument("work", type=pathlib.Path)
     parser.add_argument("--size", choices=list(SIZES), default="target")

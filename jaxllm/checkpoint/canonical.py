@@ -50,7 +50,7 @@ def pieces(name: str, x: np.ndarray, config: ModelConfig, family: Family) -> Ite
     rule, path, leaf = destination(name, family)
     path, _, index = path.partition("@")
     block = _block(path, config)
-    if family.conv1d and leaf == "w" and x.ndim == 2 and path not in ("embed", "positions"):
+    if family.conv1d and leaf == "w" and x.ndim == 2 and path not in ("embed", "positions", "head"):
         x = x.T
     parts = rule.split(x, leaf, block) if rule.split else {leaf: x}
     for below, part in parts.items():
@@ -162,9 +162,7 @@ class _Tree:
 
 def _listed(source: str, problems: list[str], most: int = 40) -> str:
     more = [f"... and {len(problems) - most} more"] if len(problems) > most else []
-    head = (
-        f"{source} does not hold the weights its config describes; get the files again, or the right config:"
-    )
+    head = f"{source} does not hold the weights its config describes; get the files again, or the right config:"
     return "\n  ".join([head, *problems[:most], *more])
 
 

@@ -49,9 +49,7 @@ def open_file(path: pathlib.Path) -> Readers:
         handle = safe_open(str(path), framework="numpy").__enter__()
         names = list(handle.keys())
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is not a whole safetensors file ({error}); download it again"
-        ) from error
+        raise CheckpointError(f"{path} is not a whole safetensors file ({error}); download it again") from error
 
     def reader(name: str) -> Callable[[], np.ndarray]:
         def read() -> np.ndarray:
@@ -72,9 +70,7 @@ def _indexed(folder: pathlib.Path, index: pathlib.Path) -> Readers:
         if pathlib.PurePath(name).name != name:
             raise CheckpointError(f"{index} names {name!r}; it may only name files in its own folder")
         if not (folder / name).is_file():
-            raise CheckpointError(
-                f"{index} names {name!r}, which is not in {folder}; download the missing file"
-            )
+            raise CheckpointError(f"{index} names {name!r}, which is not in {folder}; download the missing file")
         opened[name] = open_file(folder / name)
     absent = [t for t, file in wanted.items() if t not in opened[file]]
     if absent:

@@ -74,7 +74,7 @@ def sizes(c: Fields, *, act: str | None = None, tied: bool = False, norm: str = 
 
     tied is what a config without tie_word_embeddings means; act, where given, is not read from the config.
     """
-    width = c.int("hidden_size|n_embd|d_model")
+    width = c.int("hidden_size|n_embd|d_model|n_embed")
     heads = c.int("num_attention_heads|n_head|n_heads")
     if width % heads and c.raw("head_dim") is None and "head_dim" not in given:
         c.problem(f"the width {width} is not a multiple of {heads} heads, and there is no head_dim")
@@ -87,7 +87,9 @@ def sizes(c: Fields, *, act: str | None = None, tied: bool = False, norm: str = 
         hidden=given.get("hidden") or c.int("intermediate_size|n_inner|ffn_dim|ffn_hidden_size", 4 * width),
         act=act or c.choice("hidden_act|hidden_activation|activation_function|activation", ACTIVATIONS),
         norm=Norm(
-            norm, c.number("rms_norm_eps|norm_eps|layer_norm_eps|layer_norm_epsilon", 1e-5), norm == "layer"
+            norm,
+            c.number("rms_norm_eps|norm_eps|layer_norm_eps|layer_norm_epsilon|norm_epsilon", 1e-5),
+            norm == "layer",
         ),
         tied=c.flag("tie_word_embeddings", tied),
         max_len=c.int("max_position_embeddings|n_positions|max_seq_len|seq_length", 2048),

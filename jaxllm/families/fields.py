@@ -40,6 +40,7 @@ class Fields:
         self.context = context  # positions the user asked for, where the rotary table depends on it
         self.read: set[str] = set()
         self.problems: list[str] = []
+        self.sections: list[Fields] = []
 
     def raw(self, names: str, default: Any = None) -> Any:
         found = [n for n in names.split("|") if self.values.get(n) is not None]
@@ -82,6 +83,13 @@ class Fields:
     def table(self, names: str, default: Any = REQUIRED) -> dict:
         return self._typed(names, default, "an object", lambda v: isinstance(v, dict), {})
 
+    def section(self, name: str) -> Fields:
+        """The fields of an object inside this config; what is wrong or unread there counts here."""
+        inner = Fields(self.table(name, {}), context=self.context)
+        inner.problems = self.problems
+        self.sections.append(inner)
+        return inner
+
     def choice(self, names: str, options: Mapping[str, Any], default: Any = REQUIRED) -> Any:
         """The value an option stands for; anything else is a problem that lists the options."""
         first = next(iter(options.values()))
@@ -115,11 +123,17 @@ class Fields:
 
     def finish(self, ignore: Iterable[str] = ()) -> None:
         """Raise ConfigError with every problem, unread fields included."""
+        for section in self.sections:
+            section.note_unread(ignore)
+        self.note_unread(ignore)
+        if self.problems:
+            raise ConfigError("this config cannot be used:\n  " + "\n  ".join(self.problems))
+
+    def note_unread(self, ignore: Iterable[str] = ()) -> None:
+        """Make a problem of every field nobody asked for."""
         for name in self.unread(ignore):
             value = str(self.values[name])[:60]
             self.problem(f"{name}={value!r} is not understood; if it does not matter, pass ignore=[{name!r}]")
-        if self.problems:
-            raise ConfigError("this config cannot be used:\n  " + "\n  ".join(self.problems))
 
 
 def _is_number(value: Any) -> bool:

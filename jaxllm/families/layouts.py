@@ -39,6 +39,12 @@ def grouped_qkv(x: np.ndarray, leaf: str, block: Block) -> dict[str, np.ndarray]
     return _named("qkv", leaf, parts)
 
 
+def codegen_qkv(x: np.ndarray, leaf: str, block: Block) -> dict[str, np.ndarray]:
+    """Four parts, each with the queries, values and keys of a quarter of the heads."""
+    parts = x.reshape(4, 3, -1, *x.shape[1:])
+    return _named("qvk", leaf, (parts[:, i].reshape(-1, *x.shape[1:]) for i in range(3)))
+
+
 def gated_query(x: np.ndarray, leaf: str, block: Block) -> dict[str, np.ndarray]:
     """For each head: its query, then the gate of its output."""
     m = block.mixer

@@ -22,17 +22,18 @@ def rope(
     *,
     kind: str | None = None,
     theta: float = 10000.0,
+    partial: float = 1.0,
     fraction: float | None = None,
 ) -> Rope:
     """The rotary table of a config, from `rope_parameters` or from `rope_scaling` and `rope_theta`.
 
-    kind picks one layer type's parameters where a config has several; fraction overrides the rotated part.
+    kind picks one layer type's parameters where a config has several; theta and partial are what a config
+    without them means; fraction overrides the rotated part.
     """
     r = parameters(c, kind)
     base = _number(c, r, "rope_theta", c.number("rope_theta|rotary_emb_base|rotary_base", theta))
-    partial = _number(
-        c, r, "partial_rotary_factor", c.number("partial_rotary_factor|rotary_pct|rope_pct", 1.0)
-    )
+    partial = c.number("partial_rotary_factor|rotary_pct|rope_pct", partial)
+    partial = _number(c, r, "partial_rotary_factor", partial)
     dim = int(head_dim * (partial if fraction is None else fraction))
     dim -= dim % 2
     if dim < 2 or base <= 0:

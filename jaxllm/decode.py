@@ -1,0 +1,616 @@
+"""Prompts to tokens: prefill in chunks of one size, then the same step again and again."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm import layers, sampling
+from jaxllm.config import ModelConfig
+from jaxllm.errors import ContextError, JaxllmError, TokenizerError
+from jaxllm.generation import Alternatives, Completion, Generation, Prefix, Scored, Timings, Token
+from jaxllm.model import Model
+from jaxllm.progress import progress
+from jaxllm.sampling import GREEDY, Context, MaskCallback, Sampler
+from jaxllm.state import Recurrent, State, evict, init_state, rewind, select_rows
+from jaxllm.stopping import Text, stop_strings
+
+Array = jax.Array
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]  # text, token ids, or chat messages
+Overflow = Literal["error", "evict-oldest", "clear"]
+
+PREFILL_CHUNK = 128
+SMALLEST_STATE = 256  # slots; capacities are powers of two so that few programs serve every length
+
+
+# ---- the two programs -----------------------------------------------------------------------------------
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames="state")
+def prefill_chunk(
+    config: ModelConfig, params: dict, state: State, last: Array, tokens: Array, n_new: Array
+) -> tuple[State, Array]:
+    """Append tokens i32 [B, C] (n_new i32 [B] real) -> (state, last [B, D]): each row's newest hidden vector."""
+    x, state, _ = layers.hidden(config, params, tokens, state, n_new=n_new)
+    newest = jnp.take_along_axis(x, jnp.maximum(n_new - 1, 0)[:, None, None], 1)[:, 0]
+    return state, jnp.where((n_new > 0)[:, None], newest, last)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Carry:
+    """What one decoding step hands to the next."""
+
+    state: State
+    token: Array  # i32 [B]  the newest token, not yet in the state
+    context: Context | None
+    keys: Array | None  # typed key [B]
+    step: Array  # i32 []  tokens emitted so far
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Emitted:
+    """What one step tells the host."""
+
+    token: Array  # i32 [B], -1 where nothing was allowed
+    logprob: Array  # f32 [B] under the model's own distribution
+    top_ids: Array  # i32 [B, top]
+    top_logprobs: Array  # f32 [B, top]
+
+
+def _choose(config, params, sampler, top, x, carry: Carry) -> tuple[Carry, Emitted]:
+    """Sample from the newest hidden vectors x [B, D]; a row's key is its own, folded with the step."""
+    logits = layers.logits(config, params, x)
+    fold = jax.vmap(jax.random.fold_in, (0, None))
+    keys = None if carry.keys is None else fold(carry.keys, carry.step)
+    token, _ = sampling.sample(sampler, logits, keys, carry.context)
+    own = jax.nn.log_softmax(logits, -1)
+    logprob = jnp.take_along_axis(own, jnp.maximum(token, 0)[:, None], 1)[:, 0]
+    context = sampling.observe(carry.context, token, jnp.ones(token.shape, bool))
+    carry = dataclasses.replace(carry, token=token, context=context, step=carry.step + 1)
+    return carry, Emitted(token, logprob, *sampling.top_logprobs(own, top))
+
+
+choose = jax.jit(_choose, static_argnums=(0, 3))
+
+
+def _advance(config, params, sampler, top, carry: Carry) -> tuple[Carry, Emitted]:
+    """One decoding step: the newest token enters the state, the next is drawn."""
+    x, state, _ = layers.hidden(config, params, jnp.maximum(carry.token, 0)[:, None], carry.state)
+    return _choose(config, params, sampler, top, x[:, 0], dataclasses.replace(carry, state=state))
+
+
+@partial(jax.jit, static_argnames=("config", "top", "steps"), donate_argnames="carry")
+def advance(
+    config: ModelConfig, params: dict, sampler: Sampler, top: int, carry: Carry, *, steps: int = 1
+) -> tuple[Carry, Emitted]:
+    """`steps` decoding steps in one program -> (carry, Emitted with a leading axis [steps])."""
+    if steps == 1:
+        carry, out = _advance(config, params, sampler, top, carry)
+        return carry, jax.tree.map(lambda a: a[None], out)
+    # A loop on the device saves a round trip a token; on CPU it would cost the fast bf16 products.
+    return jax.lax.scan(lambda c, _: _advance(config, params, sampler, top, c), carry, length=steps)
+
+
+@partial(jax.jit, static_argnames=("config", "top"), donate_argnames="state")
+def score_chunk(
+    config: ModelConfig, params: dict, state: State, tokens: Array, targets: Array, n_new: Array, *, top: int
+) -> tuple[State, Array, Array, Array]:
+    """Append tokens [B, C] -> (state, log-probability f32 [B, C] of targets [B, C], top ids and values [B, C, top])."""
+    x, state, _ = layers.hidden(config, params, tokens, state, n_new=n_new)
+    own = jax.nn.log_softmax(layers.logits(config, params, x), -1)
+    logprob = jnp.take_along_axis(own, targets[..., None], 2)[..., 0]
+    return state, logprob, *sampling.top_logprobs(own, top)
+
+
+# ---- prompts and room -----------------------------------------------------------------------------------
+
+
+def as_prompts(model: Model, prompts: Prompt | Sequence[Prompt], *, add_special: bool = True) -> list[list[int]]:
+    """Token ids of one prompt or several: strings, token lists or chat messages.
+
+    Raises TokenizerError for text without a tokenizer, JaxllmError for empty prompts and ids out of range.
+    """
+    single = isinstance(prompts, str) or (len(prompts) > 0 and _is_item(prompts[0]))
+    rows = [_tokens(model, p, add_special) for p in ([prompts] if single else prompts)]
+    if not rows or not all(rows):
+        raise JaxllmError("a prompt needs at least one token; got an empty one")
+    bad = [t for row in rows for t in row if not 0 <= t < model.config.vocab]
+    if bad:
+        raise JaxllmError(f"token ids go from 0 to {model.config.vocab - 1}, got {bad[:5]}")
+    return rows
+
+
+def _is_item(first: Any) -> bool:
+    return isinstance(first, int | np.integer | Mapping) or (
+        isinstance(first, np.ndarray | Array) and first.ndim == 0
+    )
+
+
+def _tokens(model: Model, prompt: Prompt, add_special: bool) -> list[int]:
+    if isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping)):
+        if model.tokenizer is None:
+            raise TokenizerError(
+                f"{model.name} has no tokenizer files, so text cannot be read; give token ids, or put "
+                "tokenizer.json or tokenizer.model beside its config.json"
+            )
+        if isinstance(prompt, str):
+            return model.tokenizer.encode(prompt, add_special=add_special)
+        return model.tokenizer.encode_chat(prompt)
+    try:
+        array = np.asarray(prompt)
+    except ValueError:
+        array = np.empty((0, 0))
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise JaxllmError(f"a prompt is text, token ids or chat messages, got {str(prompt)[:60]!r}")
+    return [int(t) for t in array]
+
+
+def _bucket(length: int, config: ModelConfig) -> int:
+    size = max(SMALLEST_STATE, 1 << (length - 1).bit_length())
+    return max(min(size, config.max_len), length)
+
+
+def _new_state(model, rows, new_tokens, chunk, overflow, context, sinks) -> State:
+    """A state for these prompts and what will follow, or a ContextError that says which limit is passed."""
+    config, batch = model.config, len(rows)
+    longest = max(map(len, rows))
+    limit = min(context or config.max_len, config.max_len)
+    if overflow == "evict-oldest":
+        return init_state(config, batch, limit, chunk=chunk, window=limit, sinks=sinks)
+    if sinks:
+        raise ContextError("sinks belong to overflow='evict-oldest'; the other policies keep no tokens")
+    if overflow == "clear":
+        return init_state(config, batch, _bucket(min(longest + new_tokens, limit), config), chunk=chunk)
+    if overflow != "error":
+        raise ContextError(f"overflow is 'error', 'evict-oldest' or 'clear', got {overflow!r}")
+    if longest + new_tokens > limit:
+        raise ContextError(
+            f"the longest prompt has {longest} tokens and {new_tokens} more were asked for, but the context is "
+            f"{limit}; shorten them, or choose overflow='evict-oldest' or 'clear'"
+        )
+    return init_state(config, batch, _bucket(longest + new_tokens, config), chunk=chunk)
+
+
+def prefill(model: Model, rows: Sequence[Sequence[int]], state: State) -> tuple[State, Array]:
+    """Append prompts of any lengths to a state -> (state, last [B, D]: each row's newest hidden vector).
+
+    The state is consumed (its memory is reused). Raises ContextError where a row does not fit.
+    """
+    chunk, longest = state.chunk, max(map(len, rows))
+    lengths = np.array([len(r) for r in rows])
+    held = np.asarray(state.length)
+    if state.capacity is not None and np.max(held + lengths) > state.capacity:
+        raise ContextError(
+            f"a row would hold {np.max(held + lengths)} tokens; the state has room for {state.capacity}"
+        )
+    last = jnp.zeros((len(rows), model.config.width), model.config.dtype)
+    padded = _padded(rows, -(-longest // chunk) * chunk)
+    for start in range(0, longest, chunk):
+        n_new = np.clip(lengths - start, 0, chunk).astype(np.int32)
+        tokens = padded[:, start : start + chunk]
+        state, last = prefill_chunk(model.config, model.params, state, last, tokens, n_new)
+    return state, last
+
+
+def _padded(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
+    out = np.zeros((len(rows), width), np.int32)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return out
+
+
+# ---- the loop -------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything the loop needs besides the model."""
+
+    rows: list[list[int]]  # prompts, one for each row of the output
+    new_tokens: int
+    sampler: Sampler
+    keys: Array | None
+    top: int
+    mask: MaskCallback | None
+    overflow: Overflow
+    free: bool  # whether a step can start before the host has seen the one before
+    steps: int  # decoding steps per program
+
+
+def _first(model: Model, plan: Plan, state: State, last: Array) -> tuple[Carry, Emitted]:
+    context = sampling.init_context(plan.sampler, model.config.vocab, plan.rows)
+    zero = jnp.zeros(len(plan.rows), jnp.int32)
+    carry = Carry(state, zero, context, plan.keys, jnp.zeros((), jnp.int32))
+    sampler = _masked(plan, [[] for _ in plan.rows])
+    return choose(model.config, model.params, sampler, plan.top, last, carry)
+
+
+def _masked(plan: Plan, so_far: Sequence[Sequence[int]]) -> Sampler:
+    """The sampler of the next step: with the callback's mask in front, where there is one."""
+    if plan.mask is None:
+        return plan.sampler
+    allowed = np.asarray(plan.mask(so_far), bool)
+    return Sampler((sampling.Mask(jnp.asarray(allowed)), *plan.sampler.steps))
+
+
+def _loop(model: Model, plan: Plan, state: State, last: Array) -> Iterator[tuple[Emitted, State]]:
+    """What each step emitted (numpy, [B] each), and a state that holds at least the tokens before it."""
+    carry, out = _first(model, plan, state, last)
+    many = jax.tree.map(lambda a: a[None], out)
+    so_far: list[list[int]] = [[] for _ in plan.rows]
+    held = np.array(jax.device_get(state.length))
+    while True:
+        ahead = plan.free and len(so_far[0]) + 1 < plan.new_tokens
+        current = carry.state
+        if ahead:  # the device works on the next step while the host reads this one
+            carry, following = advance(model.config, model.params, plan.sampler, plan.top, carry, steps=plan.steps)
+            current = carry.state
+        for out in _unstack(jax.device_get(many)):
+            if np.any(out.token < 0):
+                raise JaxllmError("no token can follow: the logits are not numbers, or nothing is allowed")
+            for row, token in zip(so_far, out.token, strict=True):
+                row.append(int(token))
+            yield out, current
+            if len(so_far[0]) >= plan.new_tokens:
+                return
+        if not ahead:
+            carry, held = _make_room(carry, held) if plan.overflow == "clear" else (carry, held)
+            carry, following = advance(model.config, model.params, _masked(plan, so_far), plan.top, carry)
+            held = held + 1
+        many = following
+
+
+def _unstack(many: Emitted) -> Iterator[Emitted]:
+    for i in range(len(many.token)):
+        yield jax.tree.map(lambda a, i=i: a[i], many)
+
+
+def _make_room(carry: Carry, held: np.ndarray) -> tuple[Carry, np.ndarray]:
+    """Rows whose state is full start again from nothing but their newest token."""
+    full = held >= carry.state.capacity
+    if not full.any():
+        return carry, held
+    state = evict(carry.state, "all", rows=jnp.asarray(full))
+    return dataclasses.replace(carry, state=state), np.where(full, 0, held)
+
+
+def _keys(sampler: Sampler, key: Array | None, count: int, n: int) -> tuple[Array | None, int | None]:
+    """One typed key per row: `key` itself (or key[i]) for row i, folded with the number of the sample."""
+    seed = None
+    if sampler.greedy:
+        return None, None
+    if key is None:
+        seed = secrets.randbits(31)
+        key = jax.random.key(seed)
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        raise JaxllmError("key should be a typed key (jax.random.key(seed)), or one for each prompt")
+    if key.ndim == 0:
+        key = jnp.broadcast_to(key, (count,))
+    if key.shape != (count,):
+        raise JaxllmError(f"there are {count} prompts and keys of shape {key.shape}; give one key, or one each")
+    if n > 1:
+        fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
+        key = fold(key, jnp.arange(n)).reshape(-1)
+    return key, seed
+
+
+# ---- for users ------------------------------------------------------------------------------------------
+
+
+class _Row:
+    """One completion being written."""
+
+    def __init__(self, model: Model, prompt: list[int], strings, ends):
+        self.model, self.prompt = model, tuple(prompt)
+        self.text = Text(model.tokenizer, strings, ends)
+        self.tokens: list[Token] = []
+        self.reason: str | None = None
+
+    def push(self, id: int, logprob: float, top: Alternatives | None, last: bool) -> Token | None:
+        """The next token, unless the row has ended already."""
+        if self.reason is not None:
+            return None
+        text, self.reason = self.text.push(id)
+        if self.reason is None and last:
+            text, self.reason = text + self.text.flush(), "length"
+        self.tokens.append(Token(id, text, logprob, top, self.reason))
+        return self.tokens[-1]
+
+    def completion(self, scored: Scored | None) -> Completion:
+        ids = tuple(t.id for t in self.tokens)
+        top = tuple(t.top for t in self.tokens if t.top is not None)
+        return Completion(
+            self.prompt,
+            ids,
+            "".join(t.text for t in self.tokens) if self.model.tokenizer else None,
+            self.reason,
+            tuple(t.logprob for t in self.tokens),
+            top,
+            scored,
+            _pieces(self.model, ids),
+            {i: _piece(self.model, i) for a in top for i in a.ids} if self.model.tokenizer else {},
+        )
+
+
+def _piece(model: Model, id: int) -> str:
+    return model.tokenizer.token_bytes(id).decode("utf-8", "replace")
+
+
+def _pieces(model: Model, ids: Sequence[int]) -> tuple[str, ...]:
+    return tuple(_piece(model, i) for i in ids) if model.tokenizer else ()
+
+
+def generate(
+    model: Model,
+    prompts: Prompt | Sequence[Prompt],
+    *,
+    max_new_tokens: int = 128,
+    sampler: Sampler = GREEDY,
+    key: Array | None = None,
+    n: int = 1,
+    stop: str | int | Sequence[str | int] | None = None,
+    eos: Sequence[int] | None = None,
+    logprobs: int = 0,
+    prompt_logprobs: bool = False,
+    mask: MaskCallback | None = None,
+    max_len: int | None = None,
+    overflow: Overflow = "error",
+    sinks: int = 0,
+    prefill_chunk_size: int = PREFILL_CHUNK,
+    add_special: bool = True,
+    prefix: Prefix | None = None,
+    steps: int | None = None,
+) -> Generation:
+    """Continue one prompt or a batch of any lengths: text, token ids or chat messages.
+
+    sampler: from `sampling.sampler(...)`; its numbers may be one per completion. key: a typed key used by every
+    row, or one for each prompt; a row's tokens depend on its key and prompt alone, not on its batch. Without one
+    a seed is drawn and reported. n: completions of each prompt, from one prefill.
+    stop: strings or token ids that end a row; eos: ids that end it instead of the checkpoint's own, () for none.
+    logprobs: how many alternatives to report for each token; prompt_logprobs: score the prompts too.
+    mask: called before each step with each row's new tokens, gives bool [B, V] of what may follow.
+    max_len: the most tokens a row may hold (default: what it needs, up to the model's context). overflow: what
+    happens beyond: "error" (before anything runs), "evict-oldest" (the first `sinks` and the newest stay), or
+    "clear" (the row goes on from its newest token alone).
+    prefix: tokens and state of an earlier single-row call, reused as far as the prompt begins with them.
+    steps: decoding steps in one device program (default 1 on CPU, 8 elsewhere).
+
+    Raises ContextError, SamplerError, TokenizerError or JaxllmError before anything is computed.
+    """
+    began = time.perf_counter()
+    rows = as_prompts(model, prompts, add_special=add_special)
+    strings, ids = stop_strings(stop, model.tokenizer)
+    ends = ids | (model.eos_ids if eos is None else frozenset(eos))
+    scored = _score(model, rows, logprobs) if prompt_logprobs else [None] * len(rows)
+    plan, state, last, seed = _prepare(
+        model, rows, max_new_tokens, sampler, key, n, logprobs, mask, max_len, overflow, sinks,
+        prefill_chunk_size, prefix, steps,
+    )  # fmt: skip
+    outputs = [_Row(model, p, strings, ends) for p in plan.rows]
+    jax.block_until_ready(last)
+    prefilled = time.perf_counter()
+    for i, (out, held) in enumerate(_loop(model, plan, state, last)):
+        for j, row in enumerate(outputs):
+            row.push(*_read(out, j, logprobs), i + 1 == max_new_tokens)
+        if all(row.reason for row in outputs):
+            break
+    finished = time.perf_counter()
+    timings = Timings(
+        prefilled - began, finished - prefilled, sum(map(len, rows)), sum(len(r.tokens) for r in outputs)
+    )
+    completions = tuple(r.completion(scored[j // n]) for j, r in enumerate(outputs))
+    return Generation(completions, timings, seed, _prefix(outputs[0], held) if len(outputs) == 1 else None)
+
+
+def _read(out: Emitted, row: int, logprobs: int) -> tuple[int, float, Alternatives | None]:
+    top = None
+    if logprobs:
+        top = Alternatives(tuple(out.top_ids[row].tolist()), tuple(out.top_logprobs[row].tolist()))
+    return int(out.token[row]), float(out.logprob[row]), top
+
+
+def stream(
+    model: Model,
+    prompt: Prompt,
+    *,
+    max_new_tokens: int = 128,
+    sampler: Sampler = GREEDY,
+    key: Array | None = None,
+    stop: str | int | Sequence[str | int] | None = None,
+    eos: Sequence[int] | None = None,
+    logprobs: int = 0,
+    mask: MaskCallback | None = None,
+    max_len: int | None = None,
+    overflow: Overflow = "error",
+    sinks: int = 0,
+    prefill_chunk_size: int = PREFILL_CHUNK,
+    add_special: bool = True,
+    prefix: Prefix | None = None,
+) -> Iterator[Token]:
+    """Tokens of one completion as they are made; the same tokens as `generate`, with the same arguments.
+
+    The generator returns a Prefix (the value of `yield from`): what to pass to continue. It may be closed or
+    interrupted at any time; the model and a given prefix stay as they were.
+    """
+    rows = as_prompts(model, prompt, add_special=add_special)
+    if len(rows) != 1:
+        raise JaxllmError(f"stream takes one prompt, got {len(rows)}; use generate for several")
+    strings, ids = stop_strings(stop, model.tokenizer)
+    ends = ids | (model.eos_ids if eos is None else frozenset(eos))
+    plan, state, last, _ = _prepare(
+        model, rows, max_new_tokens, sampler, key, 1, logprobs, mask, max_len, overflow, sinks,
+        prefill_chunk_size, prefix, 1,
+    )  # fmt: skip
+    row = _Row(model, rows[0], strings, ends)
+    for i, (out, held) in enumerate(_loop(model, plan, state, last)):
+        yield row.push(*_read(out, 0, logprobs), i + 1 == max_new_tokens)
+        if row.reason:
+            break
+    return _prefix(row, held)
+
+
+def _prepare(
+    model, rows, new_tokens, sampler, key, n, top, mask, max_len, overflow, sinks, chunk, prefix, steps
+) -> tuple[Plan, State, Array, int | None]:
+    """Check everything, prefill, fork: (plan, state, last hidden vectors, seed)."""
+    counts = {"max_new_tokens": new_tokens, "n": n, "prefill_chunk_size": chunk, "steps": steps or 1}
+    if wrong := {k: v for k, v in counts.items() if not isinstance(v, int) or v < 1}:
+        raise JaxllmError(f"{wrong} should be whole numbers of at least 1")
+    if not 0 <= top <= model.config.vocab:
+        raise JaxllmError(f"logprobs goes from 0 to {model.config.vocab}, got {top}")
+    keys, seed = _keys(sampler, key, len(rows), n)
+    chunk = min(chunk, model.config.max_len)
+    reused = _reuse(prefix, rows, new_tokens)
+    if reused is None:
+        state, rest = _new_state(model, rows, new_tokens, chunk, overflow, max_len, sinks), rows
+    else:
+        state, rest = reused
+    state, last = prefill(model, rest, state)
+    if n > 1:
+        fork = jnp.repeat(jnp.arange(len(rows)), n)
+        state, last = select_rows(state, fork), last[fork]
+    free = mask is None and overflow != "clear" and _can_rewind(state)
+    steps = (steps or _default_steps(last)) if free else 1
+    forked = [row for row in rows for _ in range(n)]
+    return Plan(forked, new_tokens, sampler, keys, top, mask, overflow, free, steps), state, last, seed
+
+
+def _default_steps(x: Array) -> int:
+    return 1 if next(iter(x.devices())).platform == "cpu" else 8
+
+
+def _can_rewind(state: State) -> bool:
+    return not any(isinstance(c, Recurrent) for c in state.layers)
+
+
+def _reuse(prefix: Prefix | None, rows: list[list[int]], new_tokens: int):
+    """(state cut back to what the prompt shares with the prefix, the rest of the prompt), or None."""
+    if prefix is None:
+        return None
+    if len(rows) != 1:
+        raise JaxllmError(f"a prefix continues a single prompt, got {len(rows)}")
+    row, state = rows[0], prefix.state
+    shared = next((i for i, (a, b) in enumerate(zip(row, prefix.tokens, strict=False)) if a != b), None)
+    shared = min(len(prefix.tokens) if shared is None else shared, len(row) - 1)
+    fits = state.capacity is None or len(row) + new_tokens <= state.capacity
+    back = len(prefix.tokens) - shared
+    if not fits or shared <= 0 or (back and not _can_rewind(state)) or (state.capacity is None and back):
+        return None
+    # The loop reuses the memory of its state; the caller's prefix must stay valid.
+    state = jax.tree.map(jnp.copy, state)
+    return (rewind(state, shared) if back else state), [row[shared:]]
+
+
+def _prefix(row: _Row, state: State) -> Prefix | None:
+    """The tokens whose keys and values are in the state: all but the newest, which was never fed."""
+    tokens = (*row.prompt, *(t.id for t in row.tokens[:-1]))
+    length = int(state.length[0])
+    if length < len(tokens):  # cleared on the way
+        return None
+    if length > len(tokens):
+        if not _can_rewind(state):
+            return None
+        state = rewind(state, len(tokens))
+    return Prefix(tokens, state)
+
+
+def score(
+    model: Model,
+    texts: Prompt | Sequence[Prompt],
+    *,
+    logprobs: int = 0,
+    stride: int | None = None,
+    batch_size: int = 8,
+    prefill_chunk_size: int = PREFILL_CHUNK,
+    add_special: bool = True,
+) -> list[Scored]:
+    """Log-probability of every token of every text (all but the first, which nothing precedes).
+
+    stride: texts longer than the context are cut into windows that begin `stride` tokens after one another; a
+    token counts once, in the first window that holds it. Without it such a text is a ContextError.
+    """
+    rows = as_prompts(model, texts, add_special=add_special)
+    single = isinstance(texts, str) or _is_item(texts[0])
+    given = [texts] if single else list(texts)
+    limit = model.config.max_len
+    if stride is None and max(map(len, rows)) > limit:
+        raise ContextError(
+            f"a text of {max(map(len, rows))} tokens exceeds the context of {limit}; pass stride={limit // 2}"
+        )
+    windows = [(i, start, end) for i, row in enumerate(rows) for start, end in _windows(len(row), limit, stride)]
+    scored = _score_windows(model, rows, windows, logprobs, batch_size, prefill_chunk_size)
+    return [
+        dataclasses.replace(s, text=t if isinstance(t, str) else None) for s, t in zip(scored, given, strict=True)
+    ]
+
+
+def _windows(length: int, limit: int, stride: int | None) -> list[tuple[int, int]]:
+    if length <= limit:
+        return [(0, length)]
+    if stride is None or not 0 < stride <= limit:
+        raise ContextError(f"stride goes from 1 to the context of {limit}, got {stride}")
+    starts = range(0, length - limit + stride, stride)
+    return [(s, min(s + limit, length)) for s in starts]
+
+
+def _score(model: Model, rows: list[list[int]], top: int) -> list[Scored]:
+    return _score_windows(model, rows, [(i, 0, len(r)) for i, r in enumerate(rows)], top, 8, PREFILL_CHUNK)
+
+
+def _score_windows(model, rows, windows, top, batch_size, chunk) -> list[Scored]:
+    logprobs: list[list[float]] = [[] for _ in rows]
+    tops: list[list[Alternatives]] = [[] for _ in rows]
+    with progress("scoring", len(windows)) as advance_bar:
+        for at in range(0, len(windows), batch_size):
+            batch = windows[at : at + batch_size]
+            pieces = [rows[i][start:end] for i, start, end in batch]
+            for (i, start, _), (values, best) in zip(
+                batch, _score_batch(model, pieces, top, chunk, batch_size), strict=True
+            ):
+                new = len(logprobs[i]) - start  # overlapping windows: only tokens not yet counted
+                logprobs[i] += values[new:].tolist()
+                tops[i] += best[new:]
+                advance_bar()
+    return [
+        Scored(tuple(row), tuple(lp), tuple(t), None, _pieces(model, row))
+        for row, lp, t in zip(rows, logprobs, tops, strict=True)
+    ]
+
+
+def _score_batch(model, rows, top, chunk, batch_size) -> list[tuple[np.ndarray, list[Alternatives]]]:
+    """Log-probabilities [n - 1] and alternatives of each row; rows are padded to one batch size."""
+    config, count = model.config, len(rows)
+    rows = rows + [[0]] * (min(batch_size, 1 << (count - 1).bit_length()) - count)
+    longest = max(map(len, rows))
+    chunk = min(chunk, config.max_len)
+    state = init_state(config, len(rows), _bucket(longest, config), chunk=chunk)
+    padded = _padded(rows, -(-longest // chunk) * chunk + 1)
+    lengths = np.array([len(r) for r in rows])
+    outs = []
+    for start in range(0, longest, chunk):
+        n_new = np.clip(lengths - start, 0, chunk).astype(np.int32)
+        tokens, targets = padded[:, start : start + chunk], padded[:, start + 1 : start + chunk + 1]
+        state, *out = score_chunk(config, model.params, state, tokens, targets, n_new, top=top)
+        outs.append(jax.device_get(out))
+    logprob, ids, values = (np.concatenate(parts, 1) for parts in zip(*outs, strict=True))
+    return [
+        (
+            logprob[i, : n - 1],
+            [
+                Alternatives(tuple(a.tolist()), tuple(b.tolist()))
+                for a, b in zip(ids[i, : n - 1], values[i, : n - 1], strict=True)
+                if top
+            ],
+        )
+        for i, n in enumerate(lengths[:count])
+    ]
