@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,20 +14,18 @@ import numpy as np
 
 from jaxllm import layers, sampling
 from jaxllm.config import ModelConfig
-from jaxllm.errors import ContextError, JaxllmError, TokenizerError
+from jaxllm.errors import ContextError, JaxllmError
 from jaxllm.generation import Alternatives, Completion, Generation, Prefix, Scored, Timings, Token
 from jaxllm.model import Model
-from jaxllm.progress import progress
+from jaxllm.prompts import PREFILL_CHUNK, Overflow, Prompt, as_prompts, new_state, padded
 from jaxllm.sampling import GREEDY, Context, MaskCallback, Sampler
-from jaxllm.state import Recurrent, State, evict, init_state, rewind, select_rows
+from jaxllm.scoring import score, score_rows
+from jaxllm.state import Recurrent, State, evict, rewind, select_rows
 from jaxllm.stopping import Text, stop_strings
 
-Array = jax.Array
-Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]  # text, token ids, or chat messages
-Overflow = Literal["error", "evict-oldest", "clear"]
+__all__ = ["Overflow", "Prompt", "advance", "generate", "prefill", "score", "stream"]
 
-PREFILL_CHUNK = 128
-SMALLEST_STATE = 256  # slots; capacities are powers of two so that few programs serve every length
+Array = jax.Array
 
 
 # ---- the two programs -----------------------------------------------------------------------------------
@@ -101,84 +98,7 @@ def advance(
     return jax.lax.scan(lambda c, _: _advance(config, params, sampler, top, c), carry, length=steps)
 
 
-@partial(jax.jit, static_argnames=("config", "top"), donate_argnames="state")
-def score_chunk(
-    config: ModelConfig, params: dict, state: State, tokens: Array, targets: Array, n_new: Array, *, top: int
-) -> tuple[State, Array, Array, Array]:
-    """Append tokens [B, C] -> (state, log-probability f32 [B, C] of targets [B, C], top ids and values [B, C, top])."""
-    x, state, _ = layers.hidden(config, params, tokens, state, n_new=n_new)
-    own = jax.nn.log_softmax(layers.logits(config, params, x), -1)
-    logprob = jnp.take_along_axis(own, targets[..., None], 2)[..., 0]
-    return state, logprob, *sampling.top_logprobs(own, top)
-
-
-# ---- prompts and room -----------------------------------------------------------------------------------
-
-
-def as_prompts(model: Model, prompts: Prompt | Sequence[Prompt], *, add_special: bool = True) -> list[list[int]]:
-    """Token ids of one prompt or several: strings, token lists or chat messages.
-
-    Raises TokenizerError for text without a tokenizer, JaxllmError for empty prompts and ids out of range.
-    """
-    single = isinstance(prompts, str) or (len(prompts) > 0 and _is_item(prompts[0]))
-    rows = [_tokens(model, p, add_special) for p in ([prompts] if single else prompts)]
-    if not rows or not all(rows):
-        raise JaxllmError("a prompt needs at least one token; got an empty one")
-    bad = [t for row in rows for t in row if not 0 <= t < model.config.vocab]
-    if bad:
-        raise JaxllmError(f"token ids go from 0 to {model.config.vocab - 1}, got {bad[:5]}")
-    return rows
-
-
-def _is_item(first: Any) -> bool:
-    return isinstance(first, int | np.integer | Mapping) or (
-        isinstance(first, np.ndarray | Array) and first.ndim == 0
-    )
-
-
-def _tokens(model: Model, prompt: Prompt, add_special: bool) -> list[int]:
-    if isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping)):
-        if model.tokenizer is None:
-            raise TokenizerError(
-                f"{model.name} has no tokenizer files, so text cannot be read; give token ids, or put "
-                "tokenizer.json or tokenizer.model beside its config.json"
-            )
-        if isinstance(prompt, str):
-            return model.tokenizer.encode(prompt, add_special=add_special)
-        return model.tokenizer.encode_chat(prompt)
-    try:
-        array = np.asarray(prompt)
-    except ValueError:
-        array = np.empty((0, 0))
-    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise JaxllmError(f"a prompt is text, token ids or chat messages, got {str(prompt)[:60]!r}")
-    return [int(t) for t in array]
-
-
-def _bucket(length: int, config: ModelConfig) -> int:
-    size = max(SMALLEST_STATE, 1 << (length - 1).bit_length())
-    return max(min(size, config.max_len), length)
-
-
-def _new_state(model, rows, new_tokens, chunk, overflow, context, sinks) -> State:
-    """A state for these prompts and what will follow, or a ContextError that says which limit is passed."""
-    config, batch = model.config, len(rows)
-    longest = max(map(len, rows))
-    limit = min(context or config.max_len, config.max_len)
-    if overflow == "evict-oldest":
-        return init_state(config, batch, limit, chunk=chunk, window=limit, sinks=sinks)
-    if sinks:
-        raise ContextError("sinks belong to overflow='evict-oldest'; the other policies keep no tokens")
-    if overflow == "clear":
-        return init_state(config, batch, _bucket(min(longest + new_tokens, limit), config), chunk=chunk)
-    if overflow != "error":
-        raise ContextError(f"overflow is 'error', 'evict-oldest' or 'clear', got {overflow!r}")
-    if longest + new_tokens > limit:
-        raise ContextError(
-            f"the longest prompt has {longest} tokens and {new_tokens} more were asked for, but the context is "
-            f"{limit}; shorten them, or choose overflow='evict-oldest' or 'clear'"
-        )
-    return init_state(config, batch, _bucket(longest + new_tokens, config), chunk=chunk)
+# ---- prefill -------------------------------------------------------------------------------------------
 
 
 def prefill(model: Model, rows: Sequence[Sequence[int]], state: State) -> tuple[State, Array]:
@@ -194,19 +114,12 @@ def prefill(model: Model, rows: Sequence[Sequence[int]], state: State) -> tuple[
             f"a row would hold {np.max(held + lengths)} tokens; the state has room for {state.capacity}"
         )
     last = jnp.zeros((len(rows), model.config.width), model.config.dtype)
-    padded = _padded(rows, -(-longest // chunk) * chunk)
+    ids = padded(rows, -(-longest // chunk) * chunk)
     for start in range(0, longest, chunk):
         n_new = np.clip(lengths - start, 0, chunk).astype(np.int32)
-        tokens = padded[:, start : start + chunk]
+        tokens = ids[:, start : start + chunk]
         state, last = prefill_chunk(model.config, model.params, state, last, tokens, n_new)
     return state, last
-
-
-def _padded(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
-    out = np.zeros((len(rows), width), np.int32)
-    for i, row in enumerate(rows):
-        out[i, : len(row)] = row
-    return out
 
 
 # ---- the loop -------------------------------------------------------------------------------------------
@@ -329,6 +242,8 @@ class _Row:
     def completion(self, scored: Scored | None) -> Completion:
         ids = tuple(t.id for t in self.tokens)
         top = tuple(t.top for t in self.tokens if t.top is not None)
+        others = sorted({i for a in top for i in a.ids})
+        names = dict(zip(others, self.model.pieces(others), strict=False))
         return Completion(
             self.prompt,
             ids,
@@ -337,17 +252,9 @@ class _Row:
             tuple(t.logprob for t in self.tokens),
             top,
             scored,
-            _pieces(self.model, ids),
-            {i: _piece(self.model, i) for a in top for i in a.ids} if self.model.tokenizer else {},
+            self.model.pieces(ids),
+            names,
         )
-
-
-def _piece(model: Model, id: int) -> str:
-    return model.tokenizer.token_bytes(id).decode("utf-8", "replace")
-
-
-def _pieces(model: Model, ids: Sequence[int]) -> tuple[str, ...]:
-    return tuple(_piece(model, i) for i in ids) if model.tokenizer else ()
 
 
 def generate(
@@ -391,7 +298,7 @@ def generate(
     rows = as_prompts(model, prompts, add_special=add_special)
     strings, ids = stop_strings(stop, model.tokenizer)
     ends = ids | (model.eos_ids if eos is None else frozenset(eos))
-    scored = _score(model, rows, logprobs) if prompt_logprobs else [None] * len(rows)
+    scored = score_rows(model, rows, logprobs) if prompt_logprobs else [None] * len(rows)
     plan, state, last, seed = _prepare(
         model, rows, max_new_tokens, sampler, key, n, logprobs, mask, max_len, overflow, sinks,
         prefill_chunk_size, prefix, steps,
@@ -399,7 +306,8 @@ def generate(
     outputs = [_Row(model, p, strings, ends) for p in plan.rows]
     jax.block_until_ready(last)
     prefilled = time.perf_counter()
-    for i, (out, held) in enumerate(_loop(model, plan, state, last)):
+    for i, (out, now) in enumerate(_loop(model, plan, state, last)):
+        held = now
         for j, row in enumerate(outputs):
             row.push(*_read(out, j, logprobs), i + 1 == max_new_tokens)
         if all(row.reason for row in outputs):
@@ -452,7 +360,8 @@ def stream(
         prefill_chunk_size, prefix, 1,
     )  # fmt: skip
     row = _Row(model, rows[0], strings, ends)
-    for i, (out, held) in enumerate(_loop(model, plan, state, last)):
+    for i, (out, now) in enumerate(_loop(model, plan, state, last)):
+        held = now
         yield row.push(*_read(out, 0, logprobs), i + 1 == max_new_tokens)
         if row.reason:
             break
@@ -472,7 +381,8 @@ def _prepare(
     chunk = min(chunk, model.config.max_len)
     reused = _reuse(prefix, rows, new_tokens)
     if reused is None:
-        state, rest = _new_state(model, rows, new_tokens, chunk, overflow, max_len, sinks), rows
+        state = new_state(model, rows, new_tokens, chunk, overflow=overflow, max_len=max_len, sinks=sinks)
+        rest = rows
     else:
         state, rest = reused
     state, last = prefill(model, rest, state)
@@ -522,95 +432,3 @@ def _prefix(row: _Row, state: State) -> Prefix | None:
             return None
         state = rewind(state, len(tokens))
     return Prefix(tokens, state)
-
-
-def score(
-    model: Model,
-    texts: Prompt | Sequence[Prompt],
-    *,
-    logprobs: int = 0,
-    stride: int | None = None,
-    batch_size: int = 8,
-    prefill_chunk_size: int = PREFILL_CHUNK,
-    add_special: bool = True,
-) -> list[Scored]:
-    """Log-probability of every token of every text (all but the first, which nothing precedes).
-
-    stride: texts longer than the context are cut into windows that begin `stride` tokens after one another; a
-    token counts once, in the first window that holds it. Without it such a text is a ContextError.
-    """
-    rows = as_prompts(model, texts, add_special=add_special)
-    single = isinstance(texts, str) or _is_item(texts[0])
-    given = [texts] if single else list(texts)
-    limit = model.config.max_len
-    if stride is None and max(map(len, rows)) > limit:
-        raise ContextError(
-            f"a text of {max(map(len, rows))} tokens exceeds the context of {limit}; pass stride={limit // 2}"
-        )
-    windows = [(i, start, end) for i, row in enumerate(rows) for start, end in _windows(len(row), limit, stride)]
-    scored = _score_windows(model, rows, windows, logprobs, batch_size, prefill_chunk_size)
-    return [
-        dataclasses.replace(s, text=t if isinstance(t, str) else None) for s, t in zip(scored, given, strict=True)
-    ]
-
-
-def _windows(length: int, limit: int, stride: int | None) -> list[tuple[int, int]]:
-    if length <= limit:
-        return [(0, length)]
-    if stride is None or not 0 < stride <= limit:
-        raise ContextError(f"stride goes from 1 to the context of {limit}, got {stride}")
-    starts = range(0, length - limit + stride, stride)
-    return [(s, min(s + limit, length)) for s in starts]
-
-
-def _score(model: Model, rows: list[list[int]], top: int) -> list[Scored]:
-    return _score_windows(model, rows, [(i, 0, len(r)) for i, r in enumerate(rows)], top, 8, PREFILL_CHUNK)
-
-
-def _score_windows(model, rows, windows, top, batch_size, chunk) -> list[Scored]:
-    logprobs: list[list[float]] = [[] for _ in rows]
-    tops: list[list[Alternatives]] = [[] for _ in rows]
-    with progress("scoring", len(windows)) as advance_bar:
-        for at in range(0, len(windows), batch_size):
-            batch = windows[at : at + batch_size]
-            pieces = [rows[i][start:end] for i, start, end in batch]
-            for (i, start, _), (values, best) in zip(
-                batch, _score_batch(model, pieces, top, chunk, batch_size), strict=True
-            ):
-                new = len(logprobs[i]) - start  # overlapping windows: only tokens not yet counted
-                logprobs[i] += values[new:].tolist()
-                tops[i] += best[new:]
-                advance_bar()
-    return [
-        Scored(tuple(row), tuple(lp), tuple(t), None, _pieces(model, row))
-        for row, lp, t in zip(rows, logprobs, tops, strict=True)
-    ]
-
-
-def _score_batch(model, rows, top, chunk, batch_size) -> list[tuple[np.ndarray, list[Alternatives]]]:
-    """Log-probabilities [n - 1] and alternatives of each row; rows are padded to one batch size."""
-    config, count = model.config, len(rows)
-    rows = rows + [[0]] * (min(batch_size, 1 << (count - 1).bit_length()) - count)
-    longest = max(map(len, rows))
-    chunk = min(chunk, config.max_len)
-    state = init_state(config, len(rows), _bucket(longest, config), chunk=chunk)
-    padded = _padded(rows, -(-longest // chunk) * chunk + 1)
-    lengths = np.array([len(r) for r in rows])
-    outs = []
-    for start in range(0, longest, chunk):
-        n_new = np.clip(lengths - start, 0, chunk).astype(np.int32)
-        tokens, targets = padded[:, start : start + chunk], padded[:, start + 1 : start + chunk + 1]
-        state, *out = score_chunk(config, model.params, state, tokens, targets, n_new, top=top)
-        outs.append(jax.device_get(out))
-    logprob, ids, values = (np.concatenate(parts, 1) for parts in zip(*outs, strict=True))
-    return [
-        (
-            logprob[i, : n - 1],
-            [
-                Alternatives(tuple(a.tolist()), tuple(b.tolist()))
-                for a, b in zip(ids[i, : n - 1], values[i, : n - 1], strict=True)
-                if top
-            ],
-        )
-        for i, n in enumerate(lengths[:count])
-    ]

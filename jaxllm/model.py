@@ -1,4 +1,4 @@
-"""A model in hand: its config, its parameters, its tokenizer. The only place that knows files and names together."""
+"""A model in hand: config, parameters, tokenizer. The only place that knows files and names together."""
 
 from __future__ import annotations
 
@@ -48,11 +48,17 @@ class Model:
         """Bytes of all parameters."""
         return sum(x.nbytes for x in flatten(self.params).values())
 
+    def pieces(self, ids: Iterable[int]) -> tuple[str, ...]:
+        """Readable text of each token, for display; () without a tokenizer."""
+        if self.tokenizer is None:
+            return ()
+        return tuple(self.tokenizer.token_bytes(i).decode("utf-8", "replace") for i in ids)
+
     def __repr__(self) -> str:
         c = self.config
         return (
-            f"Model({self.name!r}, {self.size:,} parameters in {self.nbytes / 1e6:.1f} MB, {len(c.blocks)} layers, "
-            f"width {c.width}, vocabulary {c.vocab}, {c.dtype})"
+            f"Model({self.name!r}, {self.size:,} parameters in {self.nbytes / 1e6:.1f} MB, "
+            f"{len(c.blocks)} layers, width {c.width}, vocabulary {c.vocab}, {c.dtype})"
         )
 
 

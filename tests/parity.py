@@ -40,10 +40,12 @@ def compare(case: Case, folder: pathlib.Path) -> dict[str, float]:
     from tests import tiny
 
     reference = tiny.build(case.model_type, case.values, attn=case.attn)
+    if case.prepare:
+        case.prepare(reference)
     tiny.save(reference, folder)
     if case.convert:
         case.convert(folder)
-    model = load(folder)
+    model = load(folder, max_len=case.max_len)
     tokens = np.random.default_rng(0).integers(3, model.config.vocab, (ROWS, LENGTH))
 
     def theirs(ids, net=reference):
@@ -56,7 +58,7 @@ def compare(case: Case, folder: pathlib.Path) -> dict[str, float]:
     size = np.abs(want).max()
     checks = {"full": _full, "incremental": _incremental, "ragged": _ragged, "rewind": _rewind, "tree": _tree}
     errors = {m: check(model, run, tokens, want, theirs) / size for m, check in checks.items() if m in case.modes}
-    ours16 = load(folder, dtype="bfloat16")
+    ours16 = load(folder, dtype="bfloat16", max_len=case.max_len)
     got16, _ = f(ours16.config, ours16.params, tokens)
     error = np.abs(np.asarray(got16) - want).mean()
     errors["bf16"] = error / max(np.abs(theirs(tokens, reference.bfloat16()) - want).mean(), 1e-9)

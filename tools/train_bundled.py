@@ -231,7 +231,7 @@ def train(work, size, steps, decay, batch, length, lr, matrix_lr, compile_model)
                 f"lr x{rate:.3f} {100 * batch * length / seconds:.0f} tokens/s",
                 flush=True,
             )
-        if state["step"] % 1000 == 0 or state["step"] == state["end"]:
+        if state["step"] % 500 == 0 or state["step"] == state["end"]:
             print(
                 f"{size} held-out bits per byte {bits_per_byte(model, held[:12], held_files[:12]):.4f} (12 files)",
                 flush=True,

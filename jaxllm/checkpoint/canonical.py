@@ -30,6 +30,7 @@ class Piece(NamedTuple):
 
 def destination(name: str, family: Family) -> tuple[Rule, str, str] | None:
     """(rule, canonical path, leaf) of a checkpoint tensor; None where no rule knows it."""
+    name = name.replace(family.inside, "", 1) if family.inside else name
     stem, leaf = re.fullmatch(r"(.*?)(?:\.(weight|bias))?", name, re.DOTALL).groups()
     for rule in family.rules:
         if match := re.fullmatch(rule.pattern, stem):
@@ -106,7 +107,7 @@ def assemble(
             tree.problems.append(f"{name}: {error}")
         on_tensor(name)
     if family.unit_norm:
-        tree.fill_norms()
+        tree.fill_norms(family.unit_norm)
     problems = [*tree.problems, *tree.missing()]
     if problems:
         raise CheckpointError(_listed(source, problems))
@@ -150,9 +151,9 @@ class _Tree:
             self.leaves[path] = self.place(path, stack)
             del self.stacks[path]
 
-    def fill_norms(self) -> None:
+    def fill_norms(self, pattern: str) -> None:
         for path, shape in self.shapes.items():
-            if path not in self.leaves and path.endswith(("norm.w", "pre.w", "post.w")):
+            if path not in self.leaves and re.fullmatch(pattern, path):
                 self.leaves[path] = self.place(path, np.ones(shape, np.float32))
 
     def missing(self) -> list[str]:

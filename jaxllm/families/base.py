@@ -46,7 +46,8 @@ class Family:
     interleaved: bool = False  # rotary pairs are (0, 1), (2, 3).. in the checkpoint
     one_plus: str | None = None  # paths of norm weights stored as w - 1
     conv1d: bool = False  # matrices are stored [in, out]
-    unit_norm: bool = False  # norms have no parameters: ones are supplied
+    unit_norm: str | None = None  # paths of norm weights that checkpoints lack: ones are supplied
+    inside: str | None = None  # what the decoder's names are prefixed with in a larger model
     skip: tuple[str, ...] = ()  # tensors that are not part of the decoder
 
 
@@ -133,9 +134,24 @@ def _max_len(c: Fields, s: Sizes) -> int:
     return c.context or int(original if isinstance(original, int | float) else s.max_len)
 
 
-def layer_types(c: Fields, s: Sizes) -> list[str]:
-    """The kind of every layer where the config lists them ("full_attention", "sliding_attention", ...)."""
+def layer_types(c: Fields, s: Sizes, *, every: int | None = None) -> list[str]:
+    """The kind of every layer ("full_attention", "sliding_attention", ...) as the config lists them.
+
+    Where it does not: all sliding but for every `every`-th, which is full (0: every layer is).
+    """
+    if every is not None and c.raw("layer_types") is None:
+        sliding = lambda i: bool(every and (i + 1) % every)  # noqa: E731
+        return ["sliding_attention" if sliding(i) else "full_attention" for i in range(s.layers)]
     return [str(t) for t in c.items("layer_types", s.layers)]
+
+
+def windows(c: Fields, s: Sizes, *, every: int | None = None, width: int | None = None) -> list[int | None]:
+    """The sliding window of every layer, None where it sees everything; `width` where the config has none."""
+    kinds = layer_types(c, s, every=every)
+    for unknown in sorted(set(kinds) - {"full_attention", "sliding_attention"}):
+        c.problem(f"layer_types has {unknown!r}; jaxllm knows 'full_attention' and 'sliding_attention' here")
+    width = c.int("sliding_window", width)
+    return [width if kind == "sliding_attention" else None for kind in kinds]
 
 
 def model_config(

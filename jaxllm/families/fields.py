@@ -83,9 +83,9 @@ class Fields:
     def table(self, names: str, default: Any = REQUIRED) -> dict:
         return self._typed(names, default, "an object", lambda v: isinstance(v, dict), {})
 
-    def section(self, name: str) -> Fields:
-        """The fields of an object inside this config; what is wrong or unread there counts here."""
-        inner = Fields(self.table(name, {}), context=self.context)
+    def section(self, name: str, defaults: Mapping[str, Any] | None = None) -> Fields:
+        """The fields of an object inside this config, over `defaults`; what is wrong or unread there counts here."""
+        inner = Fields(dict(defaults or {}) | self.table(name, {}), context=self.context)
         inner.problems = self.problems
         self.sections.append(inner)
         return inner

@@ -4,40 +4,139 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxllm.config import Block, ModelConfig, Norm, QKNorm
-from jaxllm.families.base import Family, Sizes, attention, decoder, dense, sizes
+from jaxllm.config import Attention, Block, ModelConfig, QKNorm
+from jaxllm.families.base import Family, Rule, Sizes, attention, decoder, dense, sizes, windows
 from jaxllm.families.fields import Fields
-from jaxllm.families.names import LLAMA
+from jaxllm.families.names import LLAMA, SANDWICH, L
 from jaxllm.families.rope import rope
+
+
+def llama_attention(c: Fields, s: Sizes, **changes: Any) -> Attention:
+    """Rotary on every dimension; `changes` are the fields of Attention that differ."""
+    bias = c.flag("attention_bias", False)
+    usual = dict(rope=rope(c, s.head_dim), qkv_bias=bias, out_bias=bias, window=c.int("sliding_window", None))
+    return attention(s, **(usual | changes))
 
 
 def llama(c: Fields, s: Sizes | None = None, **attn: Any) -> ModelConfig:
     """RMSNorm before, rotary, gated feed-forward; `attn` are the fields of Attention that differ."""
     s = s or sizes(c)
-    bias = c.flag("attention_bias", False)
-    usual = dict(rope=rope(c, s.head_dim), qkv_bias=bias, out_bias=bias, window=c.int("sliding_window", None))
-    mixer = attention(s, **(usual | attn))
-    return decoder(c, s, Block(mixer, dense(s, bias=c.flag("mlp_bias", False)), s.norm))
+    mlp = dense(s, bias=c.flag("mlp_bias", False))
+    return decoder(c, s, Block(llama_attention(c, s, **attn), mlp, s.norm))
 
 
-def window(c: Fields) -> int | None:
-    """Qwen's sliding window, off unless use_sliding_window says otherwise (then on every layer it names)."""
-    c.skip("max_window_layers|layer_types")
+def internlm3(c: Fields) -> ModelConfig:
+    """Its own code spells the biases qkv_bias and bias."""
+    s = sizes(c, head_dim=c.int("head_dim", 128))
+    bias = c.flag("mlp_bias|bias", False)
+    mixer = llama_attention(c, s, qkv_bias=c.flag("attention_bias|qkv_bias", False), out_bias=bias)
+    return decoder(c, s, Block(mixer, dense(s, bias=bias), s.norm))
+
+
+def seed_oss(c: Fields) -> ModelConfig:
+    s = sizes(c, head_dim=c.int("head_dim", 128))
+    return llama(c, s, qkv_bias=c.flag("attention_bias", True), out_bias=c.flag("attention_out_bias", False))
+
+
+def helium(c: Fields) -> ModelConfig:
+    s = sizes(c, head_dim=c.int("head_dim", 128))
+    return llama(c, s, rope=rope(c, s.head_dim, theta=100000.0), out_bias=False)
+
+
+def smollm3(c: Fields) -> ModelConfig:
+    """Every fourth layer has no positions, and only those may slide."""
+    s = sizes(c, tied=True)
+    every = c.int("no_rope_layer_interval", 4)
+    turned = c.items("no_rope_layers", s.layers, [int((i + 1) % every != 0) for i in range(s.layers)])
+    table = rope(c, s.head_dim, theta=2e6)
+    sliding = c.flag("use_sliding_window", False) and c.int("sliding_window", None)
+    if c.raw("layer_types") is None:
+        width = [sliding if sliding and not r else None for r in turned]
+    else:
+        width = [w if sliding else None for w in windows(c, s)]
+    c.skip("sliding_window|max_window_layers")
+    mlp = dense(s, bias=c.flag("mlp_bias", False))
+
+    def layer(i: int) -> Block:
+        mixer = llama_attention(c, s, rope=table if turned[i] else None, window=width[i])
+        return Block(mixer, mlp, s.norm)
+
+    return decoder(c, s, layer)
+
+
+def granite(c: Fields) -> ModelConfig:
+    s = sizes(c)
+    mixer = llama_attention(c, s, scale=c.number("attention_multiplier", 1.0))
+    mlp = dense(s, bias=c.flag("mlp_bias", False))
+    block = Block(mixer, mlp, s.norm, residual=c.number("residual_multiplier", 1.0))
+    ends = dict(
+        embed_scale=c.number("embedding_multiplier", 1.0), logit_scale=1 / c.number("logits_scaling", 1.0)
+    )
+    return decoder(c, s, block, **ends)
+
+
+def phi3(c: Fields) -> ModelConfig:
+    c.skip("original_max_position_embeddings")  # rope reads it where it matters
+    return llama(c)
+
+
+def arcee(c: Fields) -> ModelConfig:
+    s = sizes(c)
+    mlp = dense(s, gated=False, bias=c.flag("mlp_bias", False))
+    return decoder(c, s, Block(llama_attention(c, s), mlp, s.norm))
+
+
+def ernie4_5(c: Fields) -> ModelConfig:
+    s = sizes(c, tied=True, head_dim=c.int("head_dim", 128))
+    bias = c.flag("use_bias", False)
+    mixer = llama_attention(c, s, rope=rope(c, s.head_dim, theta=500000.0), qkv_bias=bias, out_bias=bias)
+    return decoder(c, s, Block(mixer, dense(s, bias=bias), s.norm))
+
+
+def hunyuan(c: Fields) -> ModelConfig:
+    """Queries and keys are normed after they are rotated."""
+    c.skip("cla_share_factor|attention_head_dim|org_vocab_size|pool_type|num_media_embeds|class_num")
+    c.expect("use_cla", False)
+    c.expect("use_qk_norm", True)
+    c.expect("norm_type", "rms")
+    s = sizes(c)
+    return llama(c, s, qk_norm=QKNorm(s.norm, "head", after_rope=True))
+
+
+def exaone4(c: Fields) -> ModelConfig:
+    """Norms after each sublayer; where some layers slide, the others have no positions."""
+    s = sizes(c)
     width = c.int("sliding_window", None)
-    return width if c.flag("use_sliding_window", False) else None
+    if c.raw("layer_types") is not None:
+        c.skip("sliding_window_pattern")
+    every = c.int("sliding_window_pattern", 4) if width and c.raw("layer_types") is None else 0
+    window = windows(c, s, every=every)
+    table, mlp = rope(c, s.head_dim), dense(s)
+
+    def layer(i: int) -> Block:
+        turned = table if window[i] or not width else None
+        mixer = attention(s, qk_norm=QKNorm(s.norm, "head"), rope=turned, window=window[i])
+        return Block(mixer, mlp, s.norm, pre=False, post=True)
+
+    return decoder(c, s, layer)
 
 
-def qwen2(c: Fields) -> ModelConfig:
-    return llama(c, qkv_bias=True, out_bias=False, window=window(c))
-
-
-def qwen3(c: Fields) -> ModelConfig:
-    return llama(c, qk_norm=QKNorm(Norm("rms", c.number("rms_norm_eps")), "head"), window=window(c))
-
+HUNYUAN = (
+    Rule(L + r"self_attn\.query_layernorm", r"layers.\1.mixer.q_norm"),
+    Rule(L + r"self_attn\.key_layernorm", r"layers.\1.mixer.k_norm"),
+)
 
 FAMILIES = {
     "llama": Family(llama, LLAMA),
     "mistral": Family(llama, LLAMA),
-    "qwen2": Family(qwen2, LLAMA),
-    "qwen3": Family(qwen3, LLAMA),
+    "internlm3": Family(internlm3, LLAMA),
+    "seed_oss": Family(seed_oss, LLAMA),
+    "helium": Family(helium, LLAMA, interleaved=True),
+    "smollm3": Family(smollm3, LLAMA),
+    "granite": Family(granite, LLAMA),
+    "phi3": Family(phi3, LLAMA),
+    "arcee": Family(arcee, LLAMA),
+    "ernie4_5": Family(ernie4_5, LLAMA, interleaved=True),
+    "hunyuan_v1_dense": Family(hunyuan, (*HUNYUAN, *LLAMA)),
+    "exaone4": Family(exaone4, (*SANDWICH, *LLAMA)),
 }

@@ -6,12 +6,14 @@ import difflib
 from typing import Any
 
 from jaxllm.errors import ConfigError
-from jaxllm.families import gpt, llama
+from jaxllm.families import gpt, llama, neox, qwen
 from jaxllm.families.base import Family
 
 FAMILIES: dict[str, Family] = {
     **llama.FAMILIES,
+    **qwen.FAMILIES,
     **gpt.FAMILIES,
+    **neox.FAMILIES,
 }
 
 # Known, and not yet to be had: what is missing.

@@ -47,6 +47,20 @@ def rope(
     return Rope(tuple(float(f) for f in freq), float(amplitude))
 
 
+def ropes(c: Fields, head_dim: int, *, theta: float, local: str, local_theta: float) -> dict[str, Rope]:
+    """The tables of full and of sliding layers, where these differ.
+
+    Older configs say `rope_theta` and `rope_scaling` for the full ones, and a plain base in the field `local`.
+    """
+    if c.table("rope_parameters", None) is None:
+        plain = _frequencies(c.number(local, local_theta), head_dim)
+        near, far = Rope(tuple(map(float, plain))), rope(c, head_dim, theta=theta)
+    else:
+        near = rope(c, head_dim, kind="sliding_attention", theta=local_theta)
+        far = rope(c, head_dim, kind="full_attention", theta=theta)
+    return {"sliding_attention": near, "full_attention": far}
+
+
 def parameters(c: Fields, kind: str | None = None) -> dict:
     """The scaling parameters of the config in either spelling; those of layer type `kind` where they differ."""
     old = c.table("rope_scaling", {})

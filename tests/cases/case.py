@@ -13,7 +13,8 @@ class Case:
 
     model_type: in transformers; values: its config's arguments; attn: the implementation that is right there;
     convert: rewrites the saved folder in place (for families that only exist with remote code);
-    modes: which of full, incremental, ragged, rewind, tree apply.
+    modes: which of full, incremental, ragged, rewind, tree apply; max_len: what `load` is asked for;
+    prepare: changes the transformers model before it is compared and saved.
     """
 
     model_type: str
@@ -21,6 +22,8 @@ class Case:
     attn: str = "eager"
     convert: Callable[[Any], None] | None = None
     modes: tuple[str, ...] = ("full", "incremental", "ragged", "rewind", "tree")
+    max_len: int | None = None
+    prepare: Callable[[Any], None] | None = None
 
 
 RECURRENT = ("full", "incremental", "ragged")  # a recurrent state has no rewind and no tree

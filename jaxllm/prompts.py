@@ -1,0 +1,105 @@
+"""Prompts to token ids, and room for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from jaxllm.config import ModelConfig
+from jaxllm.errors import ContextError, JaxllmError, TokenizerError
+from jaxllm.model import Model
+from jaxllm.state import State, init_state
+
+Array = jax.Array
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]  # text, token ids, or chat messages
+Overflow = Literal["error", "evict-oldest", "clear"]
+
+PREFILL_CHUNK = 128
+SMALLEST_STATE = 256  # slots; capacities are powers of two so that few programs serve every length
+
+
+def as_prompts(model: Model, prompts: Prompt | Sequence[Prompt], *, add_special: bool = True) -> list[list[int]]:
+    """Token ids of one prompt or several: strings, token lists or chat messages.
+
+    Raises TokenizerError for text without a tokenizer, JaxllmError for empty prompts and ids out of range.
+    """
+    single = isinstance(prompts, str) or (len(prompts) > 0 and is_item(prompts[0]))
+    rows = [_tokens(model, p, add_special) for p in ([prompts] if single else prompts)]
+    if not rows or not all(rows):
+        raise JaxllmError("a prompt needs at least one token; got an empty one")
+    bad = [t for row in rows for t in row if not 0 <= t < model.config.vocab]
+    if bad:
+        raise JaxllmError(f"token ids go from 0 to {model.config.vocab - 1}, got {bad[:5]}")
+    return rows
+
+
+def is_item(first: Any) -> bool:
+    return isinstance(first, int | np.integer | Mapping) or (
+        isinstance(first, np.ndarray | Array) and first.ndim == 0
+    )
+
+
+def _tokens(model: Model, prompt: Prompt, add_special: bool) -> list[int]:
+    if isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping)):
+        if model.tokenizer is None:
+            raise TokenizerError(
+                f"{model.name} has no tokenizer files, so text cannot be read; give token ids, or put "
+                "tokenizer.json or tokenizer.model beside its config.json"
+            )
+        if isinstance(prompt, str):
+            return model.tokenizer.encode(prompt, add_special=add_special)
+        return model.tokenizer.encode_chat(prompt)
+    try:
+        array = np.asarray(prompt)
+    except ValueError:
+        array = np.empty((0, 0))
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise JaxllmError(f"a prompt is text, token ids or chat messages, got {str(prompt)[:60]!r}")
+    return [int(t) for t in array]
+
+
+def bucket(length: int, config: ModelConfig) -> int:
+    size = max(SMALLEST_STATE, 1 << (length - 1).bit_length())
+    return max(min(size, config.max_len), length)
+
+
+def new_state(
+    model: Model,
+    rows: Sequence[Sequence[int]],
+    new_tokens: int,
+    chunk: int,
+    *,
+    overflow: Overflow = "error",
+    max_len: int | None = None,
+    sinks: int = 0,
+) -> State:
+    """An empty state for these prompts and what will follow; arguments as in `generate`.
+
+    Raises ContextError that says which limit is passed."""
+    config, batch = model.config, len(rows)
+    longest = max(map(len, rows))
+    limit = min(max_len or config.max_len, config.max_len)
+    if overflow == "evict-oldest":
+        return init_state(config, batch, limit, chunk=chunk, window=limit, sinks=sinks)
+    if sinks:
+        raise ContextError("sinks belong to overflow='evict-oldest'; the other policies keep no tokens")
+    if overflow == "clear":
+        return init_state(config, batch, bucket(min(longest + new_tokens, limit), config), chunk=chunk)
+    if overflow != "error":
+        raise ContextError(f"overflow is 'error', 'evict-oldest' or 'clear', got {overflow!r}")
+    if longest + new_tokens > limit:
+        raise ContextError(
+            f"the longest prompt has {longest} tokens and {new_tokens} more were asked for, but the context is "
+            f"{limit}; shorten them, or choose overflow='evict-oldest' or 'clear'"
+        )
+    return init_state(config, batch, bucket(longest + new_tokens, config), chunk=chunk)
+
+
+def padded(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
+    out = np.zeros((len(rows), width), np.int32)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return out
