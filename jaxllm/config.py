@@ -97,6 +97,7 @@ class Mamba:
     dt_rank: int
     conv_bias: bool = True
     bias: bool = False
+    inner_eps: float | None = None  # of an RMSNorm without weights over each of the time step, B and C
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,15 @@ class DeltaNet:
 
 
 @dataclass(frozen=True)
+class ShortConv:
+    """A short convolution between two gates (LFM2): the only state is its last kernel - 1 inputs."""
+
+    width: int
+    kernel: int
+    bias: bool = False
+
+
+@dataclass(frozen=True)
 class MLP:
     hidden: int
     act: Activation
@@ -167,7 +177,7 @@ class MoE:
     jitter: float = 0.0  # SparseMixer: experts within 2 * jitter of the best share its probability
 
 
-Mixer = Attention | MLA | Mamba | Mamba2 | DeltaNet
+Mixer = Attention | MLA | Mamba | Mamba2 | DeltaNet | ShortConv
 
 
 @dataclass(frozen=True)
@@ -196,6 +206,7 @@ class ModelConfig:
     embed_norm: Norm | None = None
     positions: int | None = None  # learned positions; the table's first row is position -positions
     head_bias: bool = False
+    unit_head: bool = False  # the head's rows are scaled to length 1 when they are loaded
     logit_scale: float = 1.0
     logit_softcap: float | None = None
 
@@ -306,6 +317,12 @@ def _delta_net(m: DeltaNet, D: int) -> Shapes:
     yield from ((name, (m.v_heads,)) for name in ("a_log", "dt_bias"))
 
 
+def _short_conv(m: ShortConv, D: int) -> Shapes:
+    yield from _linear("in", 3 * m.width, D, m.bias)
+    yield from _conv(m.width, m.kernel, m.bias)
+    yield from _linear("out", D, m.width, m.bias)
+
+
 def _conv(channels: int, kernel: int, bias: bool) -> Shapes:
     yield from _linear("conv", channels, kernel, bias)
 
@@ -338,5 +355,6 @@ _MIXER = {
     Mamba: _mamba,
     Mamba2: _mamba2,
     DeltaNet: _delta_net,
+    ShortConv: _short_conv,
 }
 _FFN = {MLP: _mlp, MoE: _moe}

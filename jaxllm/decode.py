@@ -286,7 +286,7 @@ def generate(
     stop: strings or token ids that end a row; eos: ids that end it instead of the checkpoint's own, () for none.
     logprobs: how many alternatives to report for each token; prompt_logprobs: score the prompts too.
     mask: called before each step with each row's new tokens, gives bool [B, V] of what may follow.
-    max_len: the most tokens a row may hold (default: what it needs, up to the model's context). overflow: what
+    max_len: the tokens a row has room for (default: what it needs, up to the model's context). overflow: what
     happens beyond: "error" (before anything runs), "evict-oldest" (the first `sinks` and the newest stay), or
     "clear" (the row goes on from its newest token alone).
     prefix: tokens and state of an earlier single-row call, reused as far as the prompt begins with them.
@@ -412,13 +412,16 @@ def _reuse(prefix: Prefix | None, rows: list[list[int]], new_tokens: int):
     row, state = rows[0], prefix.state
     shared = next((i for i, (a, b) in enumerate(zip(row, prefix.tokens, strict=False)) if a != b), None)
     shared = min(len(prefix.tokens) if shared is None else shared, len(row) - 1)
-    fits = state.capacity is None or len(row) + new_tokens <= state.capacity
+    fits = state.capacity is None or len(row) + new_tokens - 1 <= state.capacity
     back = len(prefix.tokens) - shared
     if not fits or shared <= 0 or (back and not _can_rewind(state)) or (state.capacity is None and back):
         return None
+    try:
+        state = rewind(state, shared) if back else state
+    except ContextError:  # a ring has forgotten what the rest of the prompt would see
+        return None
     # The loop reuses the memory of its state; the caller's prefix must stay valid.
-    state = jax.tree.map(jnp.copy, state)
-    return (rewind(state, shared) if back else state), [row[shared:]]
+    return jax.tree.map(jnp.copy, state), [row[shared:]]
 
 
 def _prefix(row: _Row, state: State) -> Prefix | None:

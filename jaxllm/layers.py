@@ -1,7 +1,7 @@
 """The maths, as pure functions over parameter dicts.
 
 B batch, T new tokens, S cache slots, D width, H heads, K kv heads, G = H/K, h head dim, F hidden, E experts,
-V vocabulary, r latent rank, C convolution channels, N = B*T.
+V vocabulary, r latent rank, N = B*T.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxllm import ops
+from jaxllm.basics import F32, activate, linear, norm, rotate, turn
 from jaxllm.config import (
     MLA,
     MLP,
@@ -23,65 +25,15 @@ from jaxllm.config import (
     Mamba2,
     ModelConfig,
     MoE,
-    Norm,
     QKNorm,
-    Rope,
+    ShortConv,
 )
 from jaxllm.errors import ContextError
-from jaxllm.state import KV, Latent, Recurrent, State, Step, begin, init_state, visible, write
+from jaxllm.recurrent import delta_net, mamba, mamba2, short_conv
+from jaxllm.state import KV, Latent, State, Step, begin, init_state, visible, write
 from jaxllm.taps import Recorder, Taps
 
 Array = jax.Array
-F32 = jnp.float32
-
-
-# ---- small pieces ---------------------------------------------------------------------------------------
-
-
-def linear(p: dict, x: Array, out: jnp.dtype | None = None) -> Array:
-    """x [..., in] -> [..., out], with p["w"] [out, in] and, where present, p["b"] [out]."""
-    y = ops.matmul(x, p["w"], out=out)
-    return y + p["b"].astype(y.dtype) if "b" in p else y
-
-
-def norm(n: Norm, p: dict, x: Array) -> Array:
-    """RMSNorm (arXiv 1910.07467) or LayerNorm (1607.06450) over the last axis, in f32, back in x's dtype."""
-    y = x.astype(F32)
-    if n.kind == "layer":
-        y = y - y.mean(-1, keepdims=True)
-    y = y * lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + n.eps) * p["w"].astype(F32)
-    return (y + p["b"].astype(F32) if n.bias else y).astype(x.dtype)
-
-
-def rotate(rope: Rope | None, x: Array, pos: Array) -> Array:
-    """Rotary embedding (arXiv 2104.09864) of x [B, T, heads, h] at positions i32 [B, T], halves rotated together."""
-    if rope is None:
-        return x
-    n = len(rope.inv_freq)
-    angle = pos[:, :, None, None].astype(F32) * jnp.asarray(rope.inv_freq, F32)
-    cos, sin = jnp.cos(angle) * rope.amplitude, jnp.sin(angle) * rope.amplitude
-    a, b, rest = x[..., :n].astype(F32), x[..., n : 2 * n].astype(F32), x[..., 2 * n :]
-    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
-    return jnp.concatenate([turned, rest], -1) if rest.shape[-1] else turned
-
-
-def activate(act: str, gate: Array, up: Array | None = None) -> Array:
-    """The feed-forward's nonlinearity of `gate`, times `up` where the layer is gated."""
-    if act == "clamped_swiglu":
-        gate, up = jnp.minimum(gate, 7.0), jnp.clip(up, -7.0, 7.0) + 1
-        return gate * jax.nn.sigmoid(1.702 * gate) * up
-    y = _ACTIVATION[act](gate)
-    return y if up is None else y * up
-
-
-_ACTIVATION = {
-    "silu": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "gelu_quick": lambda x: x * jax.nn.sigmoid(1.702 * x),
-    "relu": jax.nn.relu,
-    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
-}
 
 
 # ---- attention ------------------------------------------------------------------------------------------
@@ -92,10 +44,10 @@ def attention(m: Attention, p: dict, x: Array, cache: KV, step: Step, tap: Recor
     B, T, _ = x.shape
     H, K, h = m.heads, m.kv_heads, m.head_dim
     q, k, v = (linear(p[name], x) for name in "qkv")
-    if m.clip:
-        q, k, v = (jnp.clip(a, -m.clip, m.clip) for a in (q, k, v))
     if m.qk_norm and m.qk_norm.over == "full":
         q, k = _qk_norm(m.qk_norm, p, q, k)
+    if m.clip:
+        q, k, v = (jnp.clip(a, -m.clip, m.clip) for a in (q, k, v))
     q, k, v = q.reshape(B, T, H, h), k.reshape(B, T, K, h), v.reshape(B, T, K, h)
     q, k = _place(m, p, q, k, step)
     q, k, v = tap("mixer.q", q), tap("mixer.k", k), tap("mixer.v", v)
@@ -114,7 +66,7 @@ def _place(m: Attention, p: dict, q: Array, k: Array, step: Step):
     per_head = m.qk_norm if m.qk_norm and m.qk_norm.over != "full" else None
     if per_head and not per_head.after_rope:
         q, k = _qk_norm(per_head, p, q, k)
-    q, k = rotate(m.rope, q, step.pos), rotate(m.rope, k, step.pos)
+    q, k = rotate(q, step.turns.get(m.rope)), rotate(k, step.turns.get(m.rope))
     if per_head and per_head.after_rope:
         q, k = _qk_norm(per_head, p, q, k)
     if m.query_scale:
@@ -146,7 +98,8 @@ def _attend(q: Array, k: Array, v: Array, mask: Array, tap: Recorder, **scoring)
     weights = ops.attention_weights(q, k, mask, **scoring)  # [B, K, T, G, S]
     B, K, T, G, S = weights.shape
     flat = tap("mixer.scores", weights.transpose(0, 1, 3, 2, 4).reshape(B, K * G, T, S))
-    return ops.weighted_sum(flat.reshape(B, K, G, T, S).transpose(0, 1, 3, 2, 4), v)
+    y = ops.weighted_sum(flat.reshape(B, K, G, T, S).transpose(0, 1, 3, 2, 4), v)
+    return y.astype(q.dtype).transpose(0, 2, 1, 3, 4)
 
 
 def latent_attention(m: MLA, p: dict, x: Array, cache: Latent, step: Step, tap: Recorder):
@@ -157,113 +110,16 @@ def latent_attention(m: MLA, p: dict, x: Array, cache: Latent, step: Step, tap: 
     q = linear(p["q"], q).reshape(B, T, m.heads, n + m.rope.dims)
     c = linear(p["kv_a"], x)[:, :, None]  # [B, T, 1, r + rope dims]
     latent = norm(m.norm, p["kv_norm"], c[..., :r])
-    c = jnp.concatenate([latent, rotate(m.rope, c[..., r:], step.pos)], -1)
+    turned = step.turns[m.rope]
+    c = jnp.concatenate([latent, rotate(c[..., r:], turned)], -1)
     cache = write(cache, (c,), step)
-    q = jnp.concatenate([ops.per_head(q[..., :n], p["k_b"]), rotate(m.rope, q[..., n:], step.pos)], -1)
+    q = jnp.concatenate([ops.per_head(q[..., :n], p["k_b"]), rotate(q[..., n:], turned)], -1)
     mask = visible(cache, step)
     q = q[:, :, None].astype(cache.c.dtype)  # one kv head: [B, T, 1, H, r + rope dims]
-    y = _attend(q, cache.c, cache.c[..., :r], mask, tap, scale=m.scale)[:, :, 0].astype(x.dtype)
+    # The rotary part is summed too and dropped after: a slice of the cache would be copied at every step.
+    y = _attend(q, cache.c, cache.c, mask, tap, scale=m.scale)[:, :, 0, :, :r].astype(x.dtype)
     y = tap("mixer.heads", ops.per_head(y, p["v_b"]))
     return linear(p["o"], y.reshape(B, T, m.heads * m.v_dim)), cache
-
-
-# ---- recurrent mixers -----------------------------------------------------------------------------------
-
-
-def causal_conv(p: dict, x: Array, past: Array, live: Array) -> tuple[Array, Array]:
-    """Depthwise convolution of x [B, T, C] after `past` [B, kernel-1, C] -> ([B, T, C] f32, the new past).
-
-    live bool [B, T] marks real tokens; a row's past ends at its last real one.
-    """
-    T, kernel = x.shape[1], p["w"].shape[-1]
-    line = jnp.concatenate([past, x.astype(past.dtype)], 1)
-    keep = jax.vmap(lambda row, n: lax.dynamic_slice_in_dim(row, n, kernel - 1))
-    past = keep(line, live.sum(1))
-    w = p["w"].astype(F32)
-    y = sum(line[:, i : i + T].astype(F32) * w[:, i] for i in range(kernel))
-    return (y + p["b"].astype(F32) if "b" in p else y), past
-
-
-def _recur(step, memory: Array, *inputs: Array):
-    """Run `step(memory, inputs at one time) -> (memory, y)` along axis 1 of the inputs."""
-    memory, y = lax.scan(step, memory, tuple(a.swapaxes(0, 1) for a in inputs))
-    return y.swapaxes(0, 1), memory
-
-
-def mamba(m: Mamba, p: dict, x: Array, cache: Recurrent, step: Step, tap: Recorder):
-    """Selective state space layer (arXiv 2312.00752)."""
-    live = step.pos >= 0
-    u, z = jnp.split(linear(p["in"], x), 2, -1)
-    u, conv = causal_conv(p["conv"], u, cache.conv, live)
-    u = jax.nn.silu(u)
-    dt, b, c = jnp.split(linear(p["x"], u.astype(x.dtype)), [m.dt_rank, m.dt_rank + m.states], -1)
-    # A time step of 0 leaves the memory alone: padding costs nothing.
-    dt = jax.nn.softplus(linear(p["dt"], dt).astype(F32)) * live[..., None]
-    a = -jnp.exp(p["a_log"].astype(F32))
-
-    def one(memory, now):
-        dt, u, b, c = now
-        memory = jnp.exp(dt[..., None] * a) * memory + (dt * u)[..., None] * b[:, None]
-        return memory, jnp.einsum("bin,bn->bi", memory, c)
-
-    y, memory = _recur(one, cache.memory, dt, u, b.astype(F32), c.astype(F32))
-    y = (y + u * p["d"].astype(F32)) * jax.nn.silu(z.astype(F32))
-    return linear(p["out"], y.astype(x.dtype)), Recurrent(conv, memory)
-
-
-def mamba2(m: Mamba2, p: dict, x: Array, cache: Recurrent, step: Step, tap: Recorder):
-    """State space duality layer (arXiv 2405.21060), in its recurrent form."""
-    B, T, _ = x.shape
-    live = step.pos >= 0
-    z, u, dt = jnp.split(linear(p["in"], x), [m.inner, m.inner + m.conv_width], -1)
-    u, conv = causal_conv(p["conv"], u, cache.conv, live)
-    u, b, c = jnp.split(jax.nn.silu(u), [m.inner, m.inner + m.groups * m.states], -1)
-    u = u.reshape(B, T, m.heads, m.head_dim)
-    b, c = (jnp.repeat(a.reshape(B, T, m.groups, m.states), m.heads // m.groups, 2) for a in (b, c))
-    dt = jax.nn.softplus(dt.astype(F32) + p["dt_bias"].astype(F32))
-    dt = jnp.clip(dt, *m.dt_limit) * live[..., None]
-    decay = jnp.exp(-dt * jnp.exp(p["a_log"].astype(F32)))
-
-    def one(memory, now):
-        decay, dt, u, b, c = now
-        memory = decay[..., None, None] * memory + (dt[..., None] * u)[..., None] * b[:, :, None]
-        return memory, jnp.einsum("bhdn,bhn->bhd", memory, c)
-
-    y, memory = _recur(one, cache.memory, decay, dt, u, b, c)
-    y = (y + u * p["d"].astype(F32)[:, None]).reshape(B, T, m.inner)
-    y = norm(m.norm, p["norm"], y * jax.nn.silu(z.astype(F32)))
-    return linear(p["out"], y.astype(x.dtype)), Recurrent(conv, memory)
-
-
-def delta_net(m: DeltaNet, p: dict, x: Array, cache: Recurrent, step: Step, tap: Recorder):
-    """Gated delta rule (arXiv 2412.06464): forget by exp(g), then write what the memory gets wrong."""
-    B, T, _ = x.shape
-    live = (step.pos >= 0)[..., None]
-    u, conv = causal_conv(p["conv"], linear(p["qkv"], x), cache.conv, live[..., 0])
-    keys = m.k_heads * m.k_dim
-    q, k, v = jnp.split(jax.nn.silu(u), [keys, 2 * keys], -1)
-    repeat = m.v_heads // m.k_heads
-    q, k = (jnp.repeat(_unit(a.reshape(B, T, m.k_heads, m.k_dim)), repeat, 2) for a in (q, k))
-    v = v.reshape(B, T, m.v_heads, m.v_dim)
-    beta = jax.nn.sigmoid(linear(p["b"], x).astype(F32)) * live
-    rate = jax.nn.softplus(linear(p["a"], x).astype(F32) + p["dt_bias"].astype(F32))
-    decay = jnp.exp(-rate * jnp.exp(p["a_log"].astype(F32)) * live)
-
-    def one(memory, now):
-        q, k, v, beta, decay = now
-        memory = memory * decay[..., None, None]
-        error = (v - jnp.einsum("bhkv,bhk->bhv", memory, k)) * beta[..., None]
-        memory = memory + k[..., None] * error[..., None, :]
-        return memory, jnp.einsum("bhkv,bhk->bhv", memory, q)
-
-    y, memory = _recur(one, cache.memory, q * m.k_dim**-0.5, k, v, beta, decay)
-    z = linear(p["z"], x).reshape(B, T, m.v_heads, m.v_dim).astype(F32)
-    y = tap("mixer.heads", norm(m.norm, p["norm"], y) * jax.nn.silu(z))
-    return linear(p["out"], y.reshape(B, T, -1).astype(x.dtype)), Recurrent(conv, memory)
-
-
-def _unit(x: Array) -> Array:
-    return x * lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-6)
 
 
 # ---- feed-forward ---------------------------------------------------------------------------------------
@@ -271,9 +127,9 @@ def _unit(x: Array) -> Array:
 
 def mlp(m: MLP, p: dict, x: Array, tap: Recorder) -> Array:
     """Two matrices, or three where gated (arXiv 2002.05202); [..., D] -> [..., D]."""
-    up = linear(p["up"], x)
-    hidden = activate(m.act, linear(p["gate"], x), up) if m.gated else activate(m.act, up)
-    return linear(p["down"], tap("ffn.hidden", hidden))
+    up = linear(p["up"], x, out=F32)
+    hidden = activate(m.act, linear(p["gate"], x, out=F32), up) if m.gated else activate(m.act, up)
+    return linear(p["down"], tap("ffn.hidden", hidden.astype(x.dtype)))
 
 
 def moe(m: MoE, p: dict, x: Array, tap: Recorder) -> Array:
@@ -336,8 +192,7 @@ def _choosable(m: MoE, p: dict, scores: Array) -> Array:
     by_group = pick.reshape(-1, groups, m.experts // groups)
     best = lax.top_k(by_group, 2)[0].sum(-1) if m.correction else by_group.max(-1)
     keep = jax.nn.one_hot(lax.top_k(best, kept)[1], groups).sum(1) > 0
-    floor = 0.0 if m.correction else -jnp.inf
-    return jnp.where(keep[..., None], by_group, floor).reshape(pick.shape)
+    return jnp.where(keep[..., None], by_group, -jnp.inf).reshape(pick.shape)
 
 
 def _sparsemixer(m: MoE, scores: Array) -> tuple[Array, Array]:
@@ -362,6 +217,7 @@ _MIXER = {
     Mamba: mamba,
     Mamba2: mamba2,
     DeltaNet: delta_net,
+    ShortConv: short_conv,
 }
 _FFN = {MLP: mlp, MoE: moe}
 
@@ -411,8 +267,11 @@ def hidden(
     """
     B, T = tokens.shape
     _check_call(config, tokens, state, n_new)
+    _check_tree(config, tokens, depth, tree)
     n_new = jnp.full(B, T, jnp.int32) if n_new is None else jnp.asarray(n_new, jnp.int32)
     step = begin(state, n_new, depth, tree, T)
+    ropes = {b.mixer.rope for b in config.blocks if getattr(b.mixer, "rope", None)}
+    step = dataclasses.replace(step, turns={rope: turn(rope, step.pos) for rope in ropes})
     root = Recorder(taps)
     x = root("embed", _embed(config, params, tokens, step, state, n_new))
     caches = []
@@ -448,19 +307,35 @@ def _check_call(config: ModelConfig, tokens, state: State, n_new) -> None:
             f"the state is for {state.length.shape[0]} rows of a model with {len(state.layers)} layers; "
             f"got {B} rows and {len(config.blocks)} layers"
         )
-    if T > state.chunk:
+    if state.chunk < T:
         raise ContextError(
             f"{T} tokens in one call, but this state takes {state.chunk} at a time; "
             "make it with init_state(..., chunk=...) or feed it in pieces"
         )
-    known = not any(isinstance(a, jax.core.Tracer) for a in (state.length, n_new))
-    if known and state.capacity is not None:
-        longest = int(jnp.max(state.length + (T if n_new is None else jnp.asarray(n_new))))
-        if longest > state.capacity:
-            raise ContextError(
-                f"the row would hold {longest} tokens and the state has room for {state.capacity}; "
-                "make a longer state, or one with a window to evict the oldest"
-            )
+    if n_new is not None and jnp.shape(n_new) != (B,):
+        raise ContextError(f"n_new should be [{B}], the real tokens of each row, got {jnp.shape(n_new)}")
+    if any(isinstance(a, jax.core.Tracer) for a in (state.length, n_new)):
+        return
+    new = np.full(B, T) if n_new is None else np.asarray(n_new)
+    if np.any(new < 0) or np.any(new > T):
+        raise ContextError(f"n_new goes from 0 to the {T} tokens of the call, got {new}")
+    longest = int(np.max(np.asarray(state.length) + new))
+    if state.capacity is not None and longest > state.capacity:
+        raise ContextError(
+            f"the row would hold {longest} tokens and the state has room for {state.capacity}; "
+            "make a longer state, or one with a window to evict the oldest"
+        )
+
+
+def _check_tree(config: ModelConfig, tokens: Array, depth, tree) -> None:
+    B, T = tokens.shape
+    if depth is not None and jnp.shape(depth) not in ((T,), (B, T)):
+        raise ContextError(f"depth should be [{T}] or [{B}, {T}], one for each token, got {jnp.shape(depth)}")
+    if tree is not None and jnp.shape(tree) not in ((T, T), (B, T, T)):
+        raise ContextError(f"tree should be [{T}, {T}] or [{B}, {T}, {T}], got {jnp.shape(tree)}")
+    recurrent = not all(isinstance(b.mixer, Attention | MLA) for b in config.blocks)
+    if recurrent and (depth is not None or tree is not None):
+        raise ContextError("a recurrent layer reads tokens one after the other; it cannot verify a tree")
 
 
 def logits(config: ModelConfig, params: dict, x: Array) -> Array:

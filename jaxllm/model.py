@@ -6,12 +6,12 @@ import json
 import os
 import pathlib
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.checkpoint.canonical import assemble, flatten
@@ -95,7 +95,6 @@ def load(
         raise ConfigError(f"dtype should be one of {', '.join(DTYPES)}, got {dtype!r}")
     folder = find(path_or_hub_id, revision)
     values = read_config(folder)
-    kind = family(values.get("model_type"))
     config = _config(folder, values, max_len, ignore)
     tokenizer = load_tokenizer(folder)
     readers = read_folder(folder)
@@ -103,7 +102,7 @@ def load(
         params = assemble(
             readers,
             config,
-            kind,
+            family(values.get("model_type")),
             place=lambda path, x: _place(x, dtype),
             source=str(folder),
             on_tensor=lambda name: advance(),
@@ -137,9 +136,12 @@ def _config(folder, values, max_len, ignore) -> ModelConfig:
 
 def _place(x: np.ndarray, dtype: str | None) -> jax.Array:
     # Vectors (norms, biases) stay as stored: they cost nothing and are used in f32.
-    if dtype is not None and x.ndim >= 2 and jnp.issubdtype(x.dtype, jnp.floating):
+    if dtype is not None and x.ndim >= 2:
         x = x.astype(dtype)
-    return jnp.asarray(x)
+    elif x.dtype == np.float64:
+        x = x.astype(np.float32)
+    # On a CPU the array takes over x's memory where it is aligned. Waiting keeps one tensor in flight.
+    return jax.device_put(x).block_until_ready()
 
 
 def find(path_or_hub_id: str | os.PathLike | None, revision: str | None = None) -> pathlib.Path:
@@ -148,10 +150,16 @@ def find(path_or_hub_id: str | os.PathLike | None, revision: str | None = None) 
     Raises CheckpointError where there is nothing of that name, MissingExtraError without huggingface_hub."""
     if path_or_hub_id is None:
         return bundled()
+    if not isinstance(path_or_hub_id, str | os.PathLike):
+        raise CheckpointError(f"expected a folder or a hub id, got {reprlib.repr(path_or_hub_id)}")
     path = pathlib.Path(path_or_hub_id)
-    if path.is_dir():
-        return path
-    if path.exists():
+    try:
+        if path.is_dir():
+            return path
+        found = path.exists()
+    except OSError as error:
+        raise CheckpointError(f"{str(path)[:200]} cannot be opened ({error.strerror}); give a folder") from error
+    if found:
         raise CheckpointError(f"{path} is a file; give the folder that holds config.json and the weights")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_hub_id)):
         raise CheckpointError(f"there is no folder {path}, and it is not a hub id of the form organisation/name")
@@ -161,7 +169,6 @@ def find(path_or_hub_id: str | os.PathLike | None, revision: str | None = None) 
 def _download(name: str, revision: str | None) -> pathlib.Path:
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     except ImportError as error:
         raise MissingExtraError(
             f"there is no folder {name!r}, and fetching it from the hub needs huggingface_hub: "
@@ -169,7 +176,7 @@ def _download(name: str, revision: str | None) -> pathlib.Path:
         ) from error
     try:
         return pathlib.Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # which errors its network library raises depends on the version
         raise CheckpointError(
             f"there is no folder {name!r}, and the hub did not give it ({type(error).__name__}: {error}); "
             "check the name, the network and, for gated models, HF_TOKEN"
@@ -177,7 +184,7 @@ def _download(name: str, revision: str | None) -> pathlib.Path:
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
-    """config.json as a dict; a multimodal model's text part with its model type.
+    """config.json as a dict.
 
     Raises ConfigError where the file is missing or malformed, or the weights are quantized."""
     path = folder / "config.json"
@@ -204,7 +211,7 @@ def _generation(folder, values, tokenizer) -> tuple[frozenset[int], dict[str, An
     if path.is_file():
         try:
             given = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
+        except (ValueError, OSError, RecursionError) as error:
             raise ConfigError(f"{path} is not valid JSON ({error}); download it again or delete it") from error
     if not isinstance(given, dict):
         raise ConfigError(f"{path} should hold an object, got {type(given).__name__}")
@@ -212,8 +219,10 @@ def _generation(folder, values, tokenizer) -> tuple[frozenset[int], dict[str, An
     if eos is None and tokenizer is not None:
         eos = tokenizer.eos_id
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if not all(isinstance(i, int) for i in ids):
-        raise ConfigError(f"{path}: eos_token_id should be a token id or a list of them, got {eos!r}")
+    if not all(type(i) is int for i in ids):
+        raise ConfigError(
+            f"{folder}: eos_token_id should be a token id or a list of them, got {reprlib.repr(eos)}"
+        )
     return frozenset(ids), given
 
 
@@ -228,11 +237,11 @@ def compilation_cache() -> pathlib.Path | None:
         return None
     if jax.config.jax_compilation_cache_dir:
         return pathlib.Path(jax.config.jax_compilation_cache_dir)
-    base = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    folder = pathlib.Path(where) if where else base / "jaxllm" / "xla"
     try:
+        base = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+        folder = pathlib.Path(where).expanduser() if where else base / "jaxllm" / "xla"
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:  # a read-only home is no reason not to run
+    except (OSError, RuntimeError):  # a read-only home, or none at all, is no reason not to run
         return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

@@ -13,7 +13,11 @@ from jax import lax
 Array = jax.Array
 
 _LAST = (((1,), (1,)), ((), ()))  # contract the last axis of both operands
+_PER_HEAD = ((0, 1), (0, 1))  # batch and kv heads lead
 FEW_ROWS = 32  # below this a gather of each row's expert beats sorting rows into blocks (CPU)
+# Scores in flight: 4.7 million f32 at once took 18.7 ms, in four blocks 5.6 ms (512 queries, 1024 slots, CPU).
+BLOCK_SCORES = 2**20
+MOST_BLOCKS = 8  # they are unrolled
 BLOCK_ROWS = 32  # rows of one expert multiplied at a time (CPU)
 
 
@@ -22,10 +26,8 @@ def matmul(x: Array, w: Array, *, out: jnp.dtype | None = None) -> Array:
     dtype = jnp.promote_types(x.dtype, w.dtype)
     rows = x.reshape(-1, x.shape[-1]).astype(dtype)
     w = w.astype(dtype)
-    if dtype == jnp.float32:
-        y = _dot(rows, w)
-    else:
-        y = lax.platform_dependent(rows, w, cpu=_dot_padded, default=_dot)
+    exact = dtype == jnp.float32
+    y = _dot(rows, w) if exact else lax.platform_dependent(rows, w, cpu=_dot_padded, default=_dot)
     return y.astype(out or x.dtype).reshape(*x.shape[:-1], w.shape[0])
 
 
@@ -46,7 +48,7 @@ def per_head(x: Array, w: Array) -> Array:
 
 
 def embed(w: Array, tokens: Array) -> Array:
-    """Rows of w [V, D] for tokens i32 [...] -> [..., D]. An id beyond the vocabulary gives NaN, not a wrong row."""
+    """Rows of w [V, D] for tokens i32 [...] -> [..., D]; an id beyond the vocabulary gives NaN, no wrong row."""
     return w.at[tokens].get(mode="fill", fill_value=jnp.nan)
 
 
@@ -104,7 +106,30 @@ def _grouped_blocks(x: Array, w: Array, expert: Array) -> Array:
     return lax.fori_loop(0, ends[-1] // M, one, y)[place]
 
 
-def attention_weights(
+def put(cache: Array, x: Array, slot: Array) -> Array:
+    """`cache` [B, K, S, h] with x [B, T, K, h] written at slots i32 [B, T]; slots of S or more are dropped."""
+    x = x.astype(cache.dtype)
+    if cache.dtype == jnp.float32:
+        return _scatter(cache, x, slot)
+    return lax.platform_dependent(cache, x, slot, cpu=_select, default=_scatter)
+
+
+def _scatter(cache: Array, x: Array, slot: Array) -> Array:
+    row = jnp.arange(cache.shape[0])[:, None, None]
+    return cache.at[row, jnp.arange(cache.shape[1]), slot[..., None]].set(x, mode="drop")
+
+
+def _select(cache: Array, x: Array, slot: Array) -> Array:
+    # On CPU a scatter of bf16 converts the whole cache to f32 and back; choosing slot by slot works in place.
+    B, T = slot.shape
+    S = cache.shape[2]
+    source = jnp.full((B, S), -1, jnp.int32).at[jnp.arange(B)[:, None], slot].set(jnp.arange(T), mode="drop")
+    x = x.swapaxes(1, 2)  # [B, K, T, h]
+    new = x if T == 1 else jnp.take_along_axis(x, jnp.maximum(source, 0)[:, None, :, None], 2)
+    return jnp.where((source >= 0)[:, None, :, None], new, cache)
+
+
+def attention_scores(
     q: Array,
     k: Array,
     mask: Array,
@@ -112,39 +137,77 @@ def attention_weights(
     scale: float,
     softcap: float | None = None,
     bias: Array | None = None,
-    sinks: Array | None = None,
 ) -> Array:
-    """Probabilities f32 [B, K, T, G, S] of q [B, T, K, G, h] over k [B, S, K, h].
+    """Logits f32 [B, K, T, G, S] of q [B, T, K, G, h] over k [B, K, S, h], very negative where mask is False.
 
-    mask bool [B, T, S]; bias f32 broadcastable to the result; sinks f32 [K, G]: logits that take
-    probability and belong to no slot. A row that sees nothing gets equal weights, never NaN.
+    mask bool [B, T, S]; bias f32 [B, K, T, G, S], the axes other than T may be 1.
     """
     B, T, K, G, h = q.shape
     # Queries of one kv head become the rows of one product: 4 to 7 times faster than a batched einsum on CPU.
     rows = q.transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, h)
-    dims = (((3,), (3,)), ((0, 1), (0, 2)))
-    scores = lax.dot_general(rows, k, dims, preferred_element_type=jnp.float32)
+    scores = lax.dot_general(rows, k, (((3,), (3,)), _PER_HEAD), preferred_element_type=jnp.float32)
     scores = scores.reshape(B, K, T, G, -1) * scale
     if bias is not None:
         scores = scores + bias
     if softcap:
         scores = jnp.tanh(scores / softcap) * softcap
-    scores = jnp.where(mask[:, None, :, None], scores, jnp.finfo(jnp.float32).min)
+    return jnp.where(mask[:, None, :, None], scores, jnp.finfo(jnp.float32).min)
+
+
+def attention_weights(q: Array, k: Array, mask: Array, *, sinks: Array | None = None, **scoring) -> Array:
+    """Probabilities f32 [B, K, T, G, S]; arguments as in `attention_scores`.
+
+    sinks f32 [K, G]: logits that take probability and belong to no slot. A row that sees nothing gets equal
+    weights, never NaN.
+    """
+    powers, total = _exponentials(attention_scores(q, k, mask, **scoring), sinks)
+    return powers / total
+
+
+def _exponentials(scores: Array, sinks: Array | None) -> tuple[Array, Array]:
+    """exp(scores - their maximum), and its sum over slots and sink [B, K, T, G, 1]."""
+    highest = lax.stop_gradient(scores.max(-1, keepdims=True))
     if sinks is None:
-        return jax.nn.softmax(scores, -1)
-    sink = jnp.broadcast_to(sinks[:, None, :, None], (B, K, T, G, 1)).astype(jnp.float32)
-    return jax.nn.softmax(jnp.concatenate([scores, sink], -1), -1)[..., :-1]
+        powers = jnp.exp(scores - highest)
+        return powers, powers.sum(-1, keepdims=True)
+    sink = sinks[:, None, :, None].astype(jnp.float32)
+    highest = jnp.maximum(highest, lax.stop_gradient(sink))
+    powers = jnp.exp(scores - highest)
+    return powers, powers.sum(-1, keepdims=True) + jnp.exp(sink - highest)
 
 
 def weighted_sum(weights: Array, v: Array) -> Array:
-    """weights f32 [B, K, T, G, S] over v [B, S, K, h] -> [B, T, K, G, h] in v's dtype."""
+    """weights f32 [B, K, T, G, S] over v [B, K, S, h] -> f32 [B, K, T, G, h]."""
     B, K, T, G, S = weights.shape
     rows = weights.reshape(B, K, T * G, S).astype(v.dtype)
-    dims = (((3,), (1,)), ((0, 1), (0, 2)))
-    y = lax.dot_general(rows, v, dims, preferred_element_type=jnp.float32).astype(v.dtype)
-    return y.reshape(B, K, T, G, -1).transpose(0, 2, 1, 3, 4)
+    y = lax.dot_general(rows, v, (((3,), (2,)), _PER_HEAD), preferred_element_type=jnp.float32)
+    return y.reshape(B, K, T, G, -1)
 
 
-def attend(q: Array, k: Array, v: Array, mask: Array, **scoring) -> Array:
-    """Softmax attention -> [B, T, K, G, h]; arguments as in `attention_weights` and `weighted_sum`."""
-    return weighted_sum(attention_weights(q, k, mask, **scoring), v)
+def attend(q: Array, k: Array, v: Array, mask: Array, *, sinks: Array | None = None, **scoring) -> Array:
+    """Softmax attention of q [B, T, K, G, h] over k, v [B, K, S, h] -> [B, T, K, G, h] in q's dtype.
+
+    The other arguments as in `attention_weights`. Queries go in blocks, so that scores stay small.
+    """
+    B, T, K, G, _ = q.shape
+    blocks = min(MOST_BLOCKS, -(-B * T * K * G * k.shape[2] // BLOCK_SCORES))
+    size = -(-T // blocks)
+    parts = [
+        _attend_block(q[:, i : i + size], k, v, mask[:, i : i + size], sinks, _rows(scoring, i, size, T))
+        for i in range(0, T, size)
+    ]
+    return jnp.concatenate(parts, 1) if len(parts) > 1 else parts[0]
+
+
+def _rows(scoring: dict, start: int, size: int, T: int) -> dict:
+    """The scoring arguments of queries start to start + size: only the bias differs by query."""
+    bias = scoring.get("bias")
+    if bias is None or size >= T:
+        return scoring
+    return scoring | {"bias": bias[:, :, start : start + size]}
+
+
+def _attend_block(q, k, v, mask, sinks, scoring) -> Array:
+    powers, total = _exponentials(attention_scores(q, k, mask, **scoring), sinks)
+    # Dividing the sum spares a pass over the scores.
+    return (weighted_sum(powers, v) / total).astype(q.dtype).transpose(0, 2, 1, 3, 4)

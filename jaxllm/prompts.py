@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ Array = jax.Array
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]  # text, token ids, or chat messages
 Overflow = Literal["error", "evict-oldest", "clear"]
 
-PREFILL_CHUNK = 128
+PREFILL_CHUNK = 256
 SMALLEST_STATE = 256  # slots; capacities are powers of two so that few programs serve every length
 
 
@@ -26,6 +27,7 @@ def as_prompts(model: Model, prompts: Prompt | Sequence[Prompt], *, add_special:
 
     Raises TokenizerError for text without a tokenizer, JaxllmError for empty prompts and ids out of range.
     """
+    _check_kind(prompts)
     single = isinstance(prompts, str) or (len(prompts) > 0 and is_item(prompts[0]))
     rows = [_tokens(model, p, add_special) for p in ([prompts] if single else prompts)]
     if not rows or not all(rows):
@@ -36,6 +38,13 @@ def as_prompts(model: Model, prompts: Prompt | Sequence[Prompt], *, add_special:
     return rows
 
 
+def _check_kind(prompt: Any) -> None:
+    """Raise JaxllmError for what is neither text nor a sequence."""
+    array = isinstance(prompt, np.ndarray | Array) and prompt.ndim > 0
+    if not array and not isinstance(prompt, Sequence):
+        raise JaxllmError(f"a prompt is text, token ids or chat messages, got {reprlib.repr(prompt)}")
+
+
 def is_item(first: Any) -> bool:
     return isinstance(first, int | np.integer | Mapping) or (
         isinstance(first, np.ndarray | Array) and first.ndim == 0
@@ -43,6 +52,7 @@ def is_item(first: Any) -> bool:
 
 
 def _tokens(model: Model, prompt: Prompt, add_special: bool) -> list[int]:
+    _check_kind(prompt)
     if isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping)):
         if model.tokenizer is None:
             raise TokenizerError(
@@ -57,7 +67,7 @@ def _tokens(model: Model, prompt: Prompt, add_special: bool) -> list[int]:
     except ValueError:
         array = np.empty((0, 0))
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise JaxllmError(f"a prompt is text, token ids or chat messages, got {str(prompt)[:60]!r}")
+        raise JaxllmError(f"a prompt is text, token ids or chat messages, got {reprlib.repr(prompt)}")
     return [int(t) for t in array]
 
 
@@ -86,16 +96,18 @@ def new_state(
         return init_state(config, batch, limit, chunk=chunk, window=limit, sinks=sinks)
     if sinks:
         raise ContextError("sinks belong to overflow='evict-oldest'; the other policies keep no tokens")
+    held = longest + new_tokens - 1  # the last token is never fed
+    size = limit if max_len else bucket(min(held, limit), config)
     if overflow == "clear":
-        return init_state(config, batch, bucket(min(longest + new_tokens, limit), config), chunk=chunk)
+        return init_state(config, batch, size, chunk=chunk)
     if overflow != "error":
         raise ContextError(f"overflow is 'error', 'evict-oldest' or 'clear', got {overflow!r}")
-    if longest + new_tokens > limit:
+    if held > limit:
         raise ContextError(
             f"the longest prompt has {longest} tokens and {new_tokens} more were asked for, but the context is "
             f"{limit}; shorten them, or choose overflow='evict-oldest' or 'clear'"
         )
-    return init_state(config, batch, bucket(longest + new_tokens, config), chunk=chunk)
+    return init_state(config, batch, size, chunk=chunk)
 
 
 def padded(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:

@@ -130,7 +130,7 @@ def _check_keys(keys: jax.Array | None, logits: jax.Array) -> None:
     if not typed or keys.shape != logits.shape[:1]:
         found = "none" if keys is None else f"{keys.dtype} of shape {keys.shape}"
         raise SamplerError(
-            f"sampling {logits.shape[:1][0]} rows needs one typed key per row, found {found}: "
+            f"sampling {logits.shape[0]} rows needs one typed key per row, found {found}: "
             "pass jax.random.split(jax.random.key(seed), rows)."
         )
 

@@ -1,7 +1,7 @@
 """The decode state: an immutable value. Fork it by keeping two, rewind it by a smaller length.
 
-Every cache slot stores the position it holds (-1: empty) and masks are computed from positions, so full
-caches, rings for sliding windows, ragged rows, rewinding, trees and eviction are the same code.
+Every cache slot stores the position it holds (-1: empty, -2: evicted) and masks are computed from positions, so
+full caches, rings for sliding windows, ragged rows, rewinding, trees and eviction are the same code.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.config import MLA, Attention, DeltaNet, Mamba, Mamba2, Mixer, ModelConfig
+from jaxllm import ops
+from jaxllm.config import MLA, Attention, DeltaNet, Mamba, Mamba2, Mixer, ModelConfig, Rope, ShortConv
 from jaxllm.errors import CheckpointError, ContextError
 
 Array = jax.Array
+EMPTY, EVICTED = -1, -2
 
 
 def _static():
@@ -29,9 +31,9 @@ def _static():
 class KV:
     """Keys and values of one attention layer."""
 
-    k: Array  # [B, S, K, h]
-    v: Array  # [B, S, K, h]
-    pos: Array  # i32 [B, S]  position held by each slot, -1 empty
+    k: Array  # [B, K, S, h]: heads first, which halves the time of decoding attention on CPU
+    v: Array  # [B, K, S, h]
+    pos: Array  # i32 [B, S]  position held by each slot; EMPTY or EVICTED where none
 
 
 @jax.tree_util.register_dataclass
@@ -39,7 +41,7 @@ class KV:
 class Latent:
     """The shared latent and rotary key of one MLA layer."""
 
-    c: Array  # [B, S, 1, r + rope dims]
+    c: Array  # [B, 1, S, r + rope dims]
     pos: Array  # i32 [B, S]
 
 
@@ -82,28 +84,42 @@ def init_state(
 
     Raises ContextError where max_len exceeds what the model was made for, or an option cannot hold.
     """
-    chunk = min(chunk or max_len, max_len)
-    _check_room(config, batch, max_len, window, sinks)
+    chunk = max_len if chunk is None else min(chunk, max_len)
+    _check_room(config, batch, max_len, chunk)
+    _check_window(config, window, sinks)
     dtype = jnp.dtype(dtype or config.dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ContextError(f"a cache holds floating-point numbers, got dtype {dtype}")
     make = [_layer(b.mixer, batch, max_len, chunk, window, sinks, dtype) for b in config.blocks]
     length = jnp.zeros(batch, jnp.int32)
     return State(tuple(make), length, None if window else max_len, chunk, window, sinks)
 
 
-def _check_room(config, batch, max_len, window, sinks) -> None:
-    if batch < 1 or max_len < 1:
-        raise ContextError(f"a state needs batch and max_len of at least 1, got {batch}, {max_len}")
+def _check_room(config, batch, max_len, chunk) -> None:
+    if batch < 1 or max_len < 1 or chunk < 1:
+        raise ContextError(
+            f"a state needs batch, max_len and chunk of at least 1, got {batch}, {max_len} and {chunk}"
+        )
     if max_len > config.max_len:
         raise ContextError(
             f"a state of {max_len} tokens was asked for, but this model was made for {config.max_len}; "
             f"ask for fewer, load with max_len={max_len} if its rotary scaling allows it, or give a window"
         )
-    if sinks and not window:
-        raise ContextError("sinks keep tokens from being evicted; they need window=")
-    if window and config.positions is not None:
+
+
+def _check_window(config, window, sinks) -> None:
+    if window is None:
+        if sinks:
+            raise ContextError("sinks keep tokens from being evicted; they need window=")
+        return
+    if not 1 <= window <= config.max_len:
+        raise ContextError(
+            f"a window goes from 1 to the {config.max_len} tokens this model was made for, got {window}"
+        )
+    if config.positions is not None:
         raise ContextError("a window needs relative positions; this model has a table of learned ones")
-    if window and sinks >= window:
-        raise ContextError(f"sinks ({sinks}) must be fewer than the window ({window})")
+    if not 0 <= sinks < window:
+        raise ContextError(f"sinks must be fewer than the window ({window}) and not negative, got {sinks}")
 
 
 def _layer(m: Mixer, batch, max_len, chunk, window, sinks, dtype) -> KV | Latent | Recurrent:
@@ -114,10 +130,10 @@ def _layer(m: Mixer, batch, max_len, chunk, window, sinks, dtype) -> KV | Latent
     spans = [w for w in (getattr(m, "window", None), getattr(m, "chunk", None), window) if w]
     # With an eviction window the length has no bound, so every layer is a ring.
     slots = sinks + min([w + chunk for w in spans] + ([] if window else [max_len]))
-    pos = jnp.full((batch, slots), -1, jnp.int32)
+    pos = jnp.full((batch, slots), EMPTY, jnp.int32)
     if isinstance(m, MLA):
-        return Latent(jnp.zeros((batch, slots, 1, m.kv_rank + m.rope.dims), dtype), pos)
-    shape = (batch, slots, m.kv_heads, m.head_dim)
+        return Latent(jnp.zeros((batch, 1, slots, m.kv_rank + m.rope.dims), dtype), pos)
+    shape = (batch, m.kv_heads, slots, m.head_dim)
     return KV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), pos)
 
 
@@ -130,12 +146,13 @@ def recurrent_shape(m: Mixer) -> tuple[int, int, tuple[int, ...]]:
             return m.conv_width, m.kernel, (m.heads, m.head_dim, m.states)
         case DeltaNet():
             return m.conv_width, m.kernel, (m.v_heads, m.k_dim, m.v_dim)
+        case ShortConv():
+            return m.width, m.kernel, ()
 
 
 # ---- what a layer does with its cache ------------------------------------------------------------------
 
 
-@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Step:
     """Where T new tokens of each row go: shared by all layers of one forward."""
@@ -143,15 +160,19 @@ class Step:
     index: Array  # i32 [B, T]  how many tokens of the row came before
     pos: Array  # i32 [B, T]  position (a tree's nodes share them), -1 for padding
     tree: Array | None  # bool [B, T, T]  [t, u]: token t sees token u; None: all before it
-    window: int | None = _static()
-    sinks: int = _static()
+    window: int | None
+    sinks: int
+    turns: dict[Rope, tuple[Array, Array]] = field(default_factory=dict)  # cos and sin at `pos`, [B, T, 1, n]
 
 
 def begin(state: State, n_new: Array, depth: Array | None, tree: Array | None, T: int) -> Step:
     """The Step that appends T tokens at state.length, of which n_new i32 [B] are real."""
     t = jnp.arange(T)[None]
     start = state.length[:, None]
-    pos = jnp.where(t < n_new[:, None], start + (t if depth is None else depth), -1)
+    real = t < n_new[:, None]
+    if state.capacity is not None:  # a row that overflows writes nothing, so that rewinding it still works
+        real &= start + n_new[:, None] <= state.capacity
+    pos = jnp.where(real, start + (t if depth is None else depth), -1)
     if tree is not None:
         tree = jnp.broadcast_to(tree, (pos.shape[0], T, T))
     return Step(start + t, pos, tree, state.window, state.sinks)
@@ -166,12 +187,12 @@ def slots(step: Step, size: int) -> Array:
 
 
 def write(cache: KV | Latent, new: tuple[Array, ...], step: Step) -> KV | Latent:
-    """The cache with new values ([B, T, ...] each, in field order) and their positions in place."""
+    """The cache with new values ([B, T, K, ...] each, in field order) and their positions in place."""
     row = jnp.arange(step.pos.shape[0])[:, None]
     slot = slots(step, cache.pos.shape[1])
     names = ("k", "v") if isinstance(cache, KV) else ("c",)
     old = [getattr(cache, n) for n in names]
-    put = [a.at[row, slot].set(x.astype(a.dtype), mode="drop") for a, x in zip(old, new, strict=True)]
+    put = [ops.put(a, x, slot) for a, x in zip(old, new, strict=True)]
     pos = cache.pos.at[row, slot].set(step.pos, mode="drop")
     return replace(cache, pos=pos, **dict(zip(names, put, strict=True)))
 
@@ -215,7 +236,7 @@ def rewind(state: State, length: Array | int) -> State:
     length = jnp.broadcast_to(jnp.asarray(length, jnp.int32), state.length.shape)
     if not isinstance(length, jax.core.Tracer) and not isinstance(state.length, jax.core.Tracer):
         _check_rewind(state, length)
-    keep = [replace(c, pos=jnp.where(c.pos >= length[:, None], -1, c.pos)) for c in state.layers]
+    keep = [replace(c, pos=jnp.where(c.pos >= length[:, None], EMPTY, c.pos)) for c in state.layers]
     return replace(state, layers=tuple(keep), length=length)
 
 
@@ -225,20 +246,29 @@ def _check_rewind(state: State, length: Array) -> None:
         raise ContextError(
             f"rewind goes back to between 0 and {np.asarray(state.length)} tokens, got {np.asarray(length)}"
         )
-    # A ring has lost something once more than its own slots were written.
     rings = [c for c in state.layers if state.capacity is None or c.pos.shape[1] < state.capacity]
-    lost = [c for c in rings if np.any((np.asarray(state.length) > c.pos.shape[1]) & (back > state.chunk))]
-    if lost:
+    if any(_lost(c, state, np.asarray(length)) for c in rings):
         raise ContextError(
-            f"rewinding {back.max()} tokens needs more than the {state.chunk} a ring keeps; "
-            "fork the state before going that far, or make it with a larger chunk"
+            f"going back {back.max()} tokens needs some that a ring has overwritten; "
+            f"{state.chunk} from the newest are certain: keep the State from before, or make it with more chunk"
         )
+
+
+def _lost(ring: KV | Latent, state: State, length: np.ndarray) -> bool:
+    """Whether a ring no longer holds what the token after `length` [B] may see."""
+    size, n = ring.pos.shape[1], length[:, None]
+    turn = size - state.sinks
+    slot = np.arange(state.sinks, size)[None]
+    due = n - 1 - (n - 1 - slot) % turn  # the newest position before n that belongs in the slot
+    needed = (due >= state.sinks) & (due > n - (turn - state.chunk))
+    held = np.asarray(ring.pos)[:, state.sinks :]
+    return bool(np.any(needed & (held != due) & (held != EVICTED)))
 
 
 def insert(state: State, one: State, slot: Array | int) -> State:
     """`state` with row `slot` replaced by the only row of `one` (made with the same options).
 
-    Raises ContextError where the two were not made alike.
+    Raises ContextError where the two were not made alike, or there is no such row.
     """
     if jax.tree.structure(state) != jax.tree.structure(one):
         raise ContextError("insert needs two states made with the same config and options")
@@ -251,12 +281,26 @@ def insert(state: State, one: State, slot: Array | int) -> State:
     ]
     if different:
         raise ContextError(f"insert needs rows of equal shape, got {different[0]}")
+    _check_rows(state, slot)
     return jax.tree.map(lambda a, b: a.at[slot].set(b[0].astype(a.dtype)), state, one)
 
 
+def _check_rows(state: State, rows: Array | int) -> None:
+    """Raise ContextError for rows the state does not have, where they are known (that is outside jit)."""
+    if isinstance(rows, jax.core.Tracer):
+        return
+    last = state.length.shape[0] - 1
+    if np.any(np.asarray(rows) < 0) or np.any(np.asarray(rows) > last):
+        raise ContextError(f"the rows of this state go from 0 to {last}, got {rows}")
+
+
 def select_rows(state: State, rows: Array) -> State:
-    """The state whose row i is row rows[i] of `state`: forking a prompt, reordering beams."""
-    return jax.tree.map(lambda a: a[rows], state)
+    """The state whose row i is row rows[i] of `state`: forking a prompt, reordering beams.
+
+    Raises ContextError for a row that is not there (outside jit).
+    """
+    _check_rows(state, rows)
+    return jax.tree.map(lambda a: a[jnp.asarray(rows)], state)
 
 
 def evict(
@@ -269,18 +313,25 @@ def evict(
 ) -> State:
     """Forget tokens, in all rows or where rows bool [B].
 
-    "oldest": the `count` oldest after the first `sinks`; "all": everything, the length becomes 0.
-    Evicted tokens become invisible. Positions are kept, so "oldest" frees room only in a state made with
-    window= (there it also happens by itself); "all" frees the whole row.
+    "oldest": the `count` oldest that any layer remembers, after the first `sinks`; "all": everything, the length
+    becomes 0. Evicted tokens become invisible. Positions are kept, so "oldest" frees room only in a state made
+    with window= (there it also happens by itself); "all" frees the whole row.
+
+    Raises ContextError for another policy, for "oldest" without a count, and for "oldest" of a recurrent layer.
     """
     if policy == "all":
+        if count or sinks:
+            raise ContextError("evict 'all' takes no count and no sinks; choose 'oldest' to keep some tokens")
         empty = replace(state, layers=tuple(map(_cleared, state.layers)), length=jnp.zeros_like(state.length))
         return empty if rows is None else _where(rows, empty, state)
     if policy != "oldest":
         raise ContextError(f"eviction policies are 'oldest' and 'all', got {policy!r}")
     if any(isinstance(c, Recurrent) for c in state.layers):
         raise ContextError("a recurrent layer cannot forget its oldest tokens; evict 'all' instead")
-    less = replace(state, layers=tuple(_without_oldest(c, count, sinks) for c in state.layers))
+    if count < 1 or sinks < 0:
+        raise ContextError(f"evict 'oldest' needs count >= 1 and sinks >= 0, got {count} and {sinks}")
+    first = _oldest(state, sinks)
+    less = replace(state, layers=tuple(_without(c, sinks, first + count) for c in state.layers))
     return less if rows is None else _where(rows, less, state)
 
 
@@ -291,13 +342,21 @@ def _where(rows: Array, a: State, b: State) -> State:
 def _cleared(cache):
     if isinstance(cache, Recurrent):
         return jax.tree.map(jnp.zeros_like, cache)
-    return replace(cache, pos=jnp.full_like(cache.pos, -1))
+    return replace(cache, pos=jnp.full_like(cache.pos, EMPTY))
 
 
-def _without_oldest(cache, count: int, sinks: int):
-    candidate = cache.pos >= sinks
-    first = jnp.min(jnp.where(candidate, cache.pos, jnp.iinfo(jnp.int32).max), 1, keepdims=True)
-    return replace(cache, pos=jnp.where(candidate & (cache.pos < first + count), -1, cache.pos))
+def _oldest(state: State, sinks: int) -> Array:
+    """i32 [B, 1]: the oldest position, from `sinks` on, that the next token of a row could see in any layer."""
+    held = jnp.concatenate([c.pos for c in state.layers], 1)
+    seen = held >= sinks
+    if state.window:
+        seen &= held > state.length[:, None] - state.window
+    return jnp.min(jnp.where(seen, held, jnp.iinfo(jnp.int32).max // 2), 1, keepdims=True)
+
+
+def _without(cache: KV | Latent, sinks: int, end: Array) -> KV | Latent:
+    """The cache with positions from `sinks` up to `end` i32 [B, 1] evicted."""
+    return replace(cache, pos=jnp.where((cache.pos >= sinks) & (cache.pos < end), EVICTED, cache.pos))
 
 
 def nbytes(state: State) -> int:

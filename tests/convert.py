@@ -41,7 +41,9 @@ def changed(model_type: str, drop: tuple[str, ...] = (), rope: bool = True, **va
     """The config with model_type and values set; rope says it the old way, with rope_theta at the top."""
 
     def config(old: dict) -> dict:
-        kept = {k: v for k, v in old.items() if k not in (*drop, "architectures", "rope_parameters", "layer_types")}
+        kept = {
+            k: v for k, v in old.items() if k not in (*drop, "architectures", "rope_parameters", "layer_types")
+        }
         theta = {"rope_theta": old["rope_parameters"]["rope_theta"]} if rope else {}
         return kept | theta | {"model_type": model_type} | values
 
@@ -63,7 +65,9 @@ def old_spelling(extra: Callable[[dict], dict] = lambda old: {}) -> Callable[[pa
     return convert(config)
 
 
-def fuse(tensors: Tensors, into: str, parts: tuple[str, ...], join: Callable[..., np.ndarray] | None = None) -> Tensors:
+def fuse(
+    tensors: Tensors, into: str, parts: tuple[str, ...], join: Callable[..., np.ndarray] | None = None
+) -> Tensors:
     """Join the tensors layer.{part} of every layer, weights and biases alike, into layer.{into}."""
     out = dict(tensors)
     first = re.compile(rf"(.*\.){re.escape(parts[0])}\.(weight|bias)")

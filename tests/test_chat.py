@@ -271,3 +271,10 @@ def test_special_tokens_and_variables_reach_the_template(folder):
     ids = tokenizer.encode_chat(HELLO)
     assert (ids[0], ids[2], ids.count(50256)) == (50256, tokenizer.eos_id, 1)
     assert tokenizer.encode_chat(HELLO, bos_token="", mood="?") == tokenizer.encode("Hello<end>['<x>']?")
+
+
+def test_nothing_is_added_around_a_rendered_chat(shared, tmp_path):
+    shutil.copy(shared / "stories260K/tok512.model", tmp_path / "tokenizer.model")
+    tokenizer = configure(tmp_path, chat_template="<s>{{ messages[0].content }}</s>")
+    assert tokenizer.encode("Hello")[0] == 1
+    assert tokenizer.encode_chat(HELLO) == [1, *tokenizer.encode("Hello", add_special=False), 2]

@@ -51,6 +51,7 @@ def test_stories_logits(stories, shared, name):
     logits, n = np.asarray(logits[0]), len(prompt)
     np.testing.assert_allclose(logits[:n], golden["prompt_logits"], atol=1e-4)
     np.testing.assert_allclose(logits[n - 1 : -1], golden["step_logits"], atol=1e-4)
+    np.testing.assert_allclose(logits[n - 1], golden["last_logits"], atol=1e-4)
     np.testing.assert_allclose(logits[: len(golden["c_logits"])], golden["c_logits"], atol=1e-4)
     np.testing.assert_array_equal(logits[n - 1 : -1].argmax(-1), new)
 
@@ -60,7 +61,7 @@ def test_stories_greedy_tokens(stories, shared, name):
     golden = np.load(shared / "stories260K" / f"golden_{name}.npz")
     out = decode.generate(stories, golden["prompt_ids"].tolist(), max_new_tokens=64, eos=())
     assert list(out[0].tokens) == golden["greedy_ids"].tolist()
-    assert [out[0].prompt_tokens] == [tuple(golden["prompt_ids"].tolist())]
+    assert out[0].prompt_tokens == tuple(golden["prompt_ids"].tolist())
 
 
 def test_stories_perplexity(stories, shared):
@@ -172,13 +173,12 @@ def test_tiny_gpt2_logits(tiny_gpt2, published):
     logits, _ = forward(tiny_gpt2, published["prompt_ids"])
     np.testing.assert_allclose(logits, published["prompt_logits"], atol=1e-6)
     np.testing.assert_allclose(logits[..., ::200], published["published_sampled_logits"], atol=1e-6)
+    np.testing.assert_allclose(logits[:, -1], published["last_logits"], atol=1e-6)
 
 
 def test_tiny_gpt2_greedy(tiny_gpt2, published):
-    """64 new tokens of each row, of which 6 are published, and the logits the last was taken from."""
+    """64 new tokens of each row, of which 6 are published."""
     prompt, new = published["prompt_ids"], published["greedy_ids"]
     out = decode.generate(tiny_gpt2, prompt.tolist(), max_new_tokens=64, eos=())
     np.testing.assert_array_equal([c.tokens for c in out], new)
     np.testing.assert_array_equal(published["published_greedy"][:, 4:], new[:, :6])
-    logits, _ = forward(tiny_gpt2, np.concatenate([prompt, new[:, :-1]], 1))
-    np.testing.assert_allclose(logits[:, -1], published["last_logits"], atol=1e-6)

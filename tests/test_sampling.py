@@ -346,18 +346,32 @@ def test_transformers_repetition_penalty_over_prompt_and_output():
 
 
 def test_draws_follow_the_distribution():
-    """Chi-square over 20,000 keys; the limit is the 99.9 % point."""
+    """Chi-square over 20,000 keys."""
     chain, rows = sampler(temperature=1.3, top_k=12, min_p=0.02), 20_000
     logits = jnp.tile(LOGITS[:1], (rows, 1))
     tokens, logprobs = sample(chain, logits, jax.random.split(jax.random.key(11), rows))
     probs = np.exp(np.asarray(logprobs[0], np.float64))
-    counts = np.bincount(np.asarray(tokens), minlength=V)
+    assert np.sum(probs > 0) > 5
+    assert_frequencies(tokens, probs)
+
+
+def assert_frequencies(tokens, probs) -> None:
+    counts = np.bincount(np.asarray(tokens), minlength=len(probs))
     assert counts[probs == 0].sum() == 0
-    expected = probs[probs > 0] * rows
+    expected = probs[probs > 0] * len(tokens)
     chi_square = ((counts[probs > 0] - expected) ** 2 / expected).sum()
     degrees = len(expected) - 1
-    assert degrees >= 5
-    assert chi_square < degrees + 3.1 * np.sqrt(2 * degrees) + 6.5
+    assert chi_square < degrees + 3.1 * np.sqrt(2 * degrees) + 6.5  # the 99.9 % point, from above
+
+
+def test_xtc_is_independent_of_the_draw_that_follows():
+    """Otherwise the tokens drawn would not follow the mixture of the two distributions."""
+    probs = np.asarray([0.4, 0.3, 0.2, 0.1])
+    mixture = 0.5 * probs + 0.5 * np.asarray([0, 0, 2 / 3, 1 / 3])
+    logits = jnp.log(jnp.tile(jnp.asarray(probs), (20_000, 1)))
+    keys = jax.random.split(jax.random.key(8), 20_000)
+    tokens, _ = sample(Sampler((XTC(0.5, 0.15),)), logits, keys)
+    assert_frequencies(tokens, mixture)
 
 
 def test_a_row_depends_on_its_own_key_only():

@@ -34,7 +34,7 @@ PUBLISHED = {
     "pcuenq/Llama-3.2-1B-Instruct-tokenizer": "llama3",
 }
 STREAMED = ["gpt2", "llama2", "llama3", "qwen2.5", "phi3", "deepseek_r1", "sp_test"]
-MIXED = "<s> Hello  wörld</s>\n<|endoftext|>x <|im_start|>user <unk> <|end|> 🦙 <tool_call>"
+MIXED = "<s> Hello  wörld</s>\n<|endoftext|>x <|im_start|>user <unk> <|end|> 🦙 <tool_call> e\u0301"
 unicode_text = st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from("aé 你👩‍👩‍👧🏽́नते\n▁")))
 
 
@@ -319,7 +319,7 @@ def test_legacy_spaces_as_transformers(legacy, folder_of, tmp_path):
 
 def test_names_from_special_tokens_map_and_added_tokens(tmp_path):
     (tmp_path / "tokenizer.json").write_text(tiny().to_str())
-    write(tmp_path, special_tokens_map={"eos_token": {"content": "<|s0|>"}, "pad_token": "<pad>"})
+    write(tmp_path, special_tokens_map={"eos_token": {"content": "<|s0|>"}, "pad_token": {"content": "<pad>"}})
     tokenizer = load_tokenizer(write(tmp_path, added_tokens={"<pad>": 260, "<call>": 261}))
     assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.id_of("<call>")) == (259, 260, 261)
     assert tokenizer.special_ids == {259, 260}
@@ -497,6 +497,16 @@ def test_other_decoders_stream_as_they_decode(kind, data):
     if kind in made:
         backend.decoder = made[kind]
     check_stream(Tokenizer(backend), data.draw(st.lists(st.integers(0, len(pieces) - 1), max_size=8)))
+
+
+def test_a_panic_of_the_library_is_refused():
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models
+
+    backend = Backend(models.WordLevel({" ": 0}, unk_token=" "))
+    backend.decoder = decoders.Strip(" ", 0, 3)  # strips more characters than the token has
+    with pytest.raises(TokenizerError, match="The ids cannot be decoded: index out of bounds"):
+        Tokenizer(backend).decode([0])
 
 
 def test_decoder_that_cannot_stream_is_refused():

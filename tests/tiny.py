@@ -47,7 +47,7 @@ def randomize(model, seed: int = 0) -> None:
             if p.ndim < 2:
                 p.add_(noise * 0.1)
             else:
-                p.copy_(noise * p.shape[-1] ** -0.5)
+                p.copy_(noise * max(p.shape[-1], 1) ** -0.5)
         for name, b in model.named_buffers():
             if "e_score_correction_bias" in name:
                 b.copy_(torch.randn(b.shape, generator=g) * 0.1)

@@ -47,6 +47,10 @@ SIZES = {
     ),
 }
 CONTEXT = 1024
+# The model was never trained on conversations: turns are joined, and it goes on writing Python.
+CHAT_TEMPLATE = """\
+{{ bos_token }}{% for message in messages %}{{ message.content }}
+{% endfor %}"""
 
 
 def corpus():
@@ -198,7 +202,7 @@ def train(work, size, steps, decay, batch, length, lr, matrix_lr, compile_model)
         model.load_state_dict(ckpt["model"])
         for opt, values in zip(opts, ckpt["opts"], strict=True):
             opt.load_state_dict(values)
-        state = ckpt["state"]
+        state = {"step": ckpt["state"]["step"], "end": steps}
     base = [
         [g["lr"] if not saved.exists() else rate for g in o.param_groups]
         for o, rate in zip(opts, (matrix_lr, lr), strict=True)
@@ -258,6 +262,11 @@ def save(work, size, model):
         model_max_length=CONTEXT,
     )
     (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (out / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    # These end tokens are what a generation stops at.
+    (out / "generation_config.json").write_text(
+        json.dumps(dict(bos_token_id=0, eos_token_id=[0]), indent=2) + "\n"
+    )
 
 
 def evaluate(work):

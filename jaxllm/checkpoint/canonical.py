@@ -11,12 +11,13 @@ import numpy as np
 from jaxllm.config import Block, ModelConfig, params_shape
 from jaxllm.errors import CheckpointError
 from jaxllm.families.base import Family, Rule
-from jaxllm.families.layouts import deinterleave, rotary_rows
+from jaxllm.families.layouts import deinterleave, rotary_rows, unit_rows
 
 # Tables that older files carry and nobody needs.
 IGNORED = re.compile(
     r".*(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attention\.(masked_)?bias|\.attn\.(masked_)?bias|attn\.causal_mask)"
 )
+REAL = ("float32", "bfloat16", "float16", "float64")  # dtypes that are values and not codes
 SUFFIX = {"weight": "w", "bias": "b", None: ""}
 
 
@@ -42,6 +43,9 @@ def skipped(name: str, config: ModelConfig, family: Family) -> bool:
     """Whether a tensor is known to carry nothing the decoder needs."""
     if IGNORED.fullmatch(name) or any(re.fullmatch(p, name) for p in family.skip):
         return True
+    layer = family.past_last and re.fullmatch(family.past_last, name)
+    if layer and int(layer[1]) >= len(config.blocks):
+        return True
     found = destination(name, family)
     return bool(found and found[1:] == ("head", "w") and config.tied)
 
@@ -56,6 +60,7 @@ def pieces(name: str, x: np.ndarray, config: ModelConfig, family: Family) -> Ite
     parts = rule.split(x, leaf, block) if rule.split else {leaf: x}
     for below, part in parts.items():
         where = f"{path}.{below}" if below else path
+        part = unit_rows(part) if config.unit_head and where == "head.w" else part
         yield Piece(where, int(index) if index else None, _one_layout(where, part, block, family))
 
 
@@ -72,7 +77,8 @@ def _block(path: str, config: ModelConfig) -> Block | None:
 def _one_layout(path: str, x: np.ndarray, block: Block | None, family: Family) -> np.ndarray:
     if family.interleaved and block:
         for heads, dims, at in rotary_rows(path, x.shape, block):
-            x = deinterleave(x, heads, dims, at=at).reshape(x.shape)
+            rows = x.reshape(-1) if path.endswith("_norm.w") else x  # a norm's weights are rows without an in axis
+            x = deinterleave(rows, heads, dims, at=at).reshape(x.shape)
     if family.one_plus and re.fullmatch(family.one_plus, path):
         x = x.astype(np.float32) + 1  # in bf16 the sum would lose what w says
     return x
@@ -90,20 +96,14 @@ def assemble(
     """Read tensors one by one into the nested parameter tree that `config` describes.
 
     tensors: name -> reader of its values; place(path, array) makes the final leaf, so that at most one tensor
-    is held beside the result. Raises CheckpointError that lists everything missing, unknown, doubled or of the
-    wrong shape, before the first value is read where names and shapes tell.
+    is held beside the result. Raises CheckpointError that lists everything missing, unknown, doubled, of the
+    wrong shape or not of real numbers.
     """
-    tree = _Tree(params_shape(config), place)
+    tree = _Tree(params_shape(config), place, len(tensors))
     for name, read in tensors.items():
-        if skipped(name, config, family):
-            continue
-        if destination(name, family) is None:
-            tree.problems.append(f"{name}: not a tensor of this architecture")
-            continue
         try:
-            for piece in pieces(name, read(), config, family):
-                tree.put(name, piece)
-        except (CheckpointError, ValueError, IndexError, AttributeError) as error:
+            _put(tree, name, read, config, family)
+        except (CheckpointError, ValueError, TypeError, LookupError, AttributeError) as error:
             tree.problems.append(f"{name}: {error}")
         on_tensor(name)
     if family.unit_norm:
@@ -114,11 +114,24 @@ def assemble(
     return nest(tree.leaves)
 
 
+def _put(tree: _Tree, name: str, read: Callable[[], np.ndarray], config: ModelConfig, family: Family) -> None:
+    if skipped(name, config, family):
+        return
+    if destination(name, family) is None:
+        raise CheckpointError("not a tensor of this architecture")
+    x = read()
+    if x.dtype.name not in REAL:
+        raise CheckpointError(f"values of dtype {x.dtype.name} are not read; they should be {', '.join(REAL)}")
+    for piece in pieces(name, x, config, family):
+        tree.put(name, piece)
+
+
 class _Tree:
     """The parameter tree being filled, and what went wrong."""
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]], place: Callable[[str, np.ndarray], object]):
+    def __init__(self, shapes: dict[str, tuple[int, ...]], place: Callable[[str, np.ndarray], object], most: int):
         self.shapes, self.place = shapes, place
+        self.most = most  # tensors there are: no stack can have more rows
         self.leaves: dict[str, object] = {}
         self.stacks: dict[str, tuple[np.ndarray, set[int]]] = {}
         self.problems: list[str] = []
@@ -141,6 +154,10 @@ class _Tree:
 
     def _stack(self, name: str, path: str, index: int, value: np.ndarray) -> None:
         want = self.shapes[path]
+        if want[0] > self.most:
+            self.faulty.add(path)
+            self.problems.append(f"{path} has {want[0]} rows, and there are {self.most} tensors in all")
+            return
         stack, rows = self.stacks.setdefault(path, (np.empty(want, value.dtype), set()))
         if index >= want[0] or index in rows:
             self.problems.append(f"{name}: {path} has rows 0 to {want[0] - 1}, each once; got {index}")
@@ -158,7 +175,14 @@ class _Tree:
 
     def missing(self) -> list[str]:
         absent = [p for p in self.shapes if p not in self.leaves and p not in self.faulty]
-        return [f"{p} {list(self.shapes[p])} is missing" for p in absent]
+        return [self._lack(p) for p in absent]
+
+    def _lack(self, path: str) -> str:
+        want = self.shapes[path]
+        if path not in self.stacks:
+            return f"{path} {list(want)} is missing"
+        rows = sorted(set(range(want[0])) - self.stacks[path][1])
+        return f"{path} {list(want)} lacks {len(rows)} of its {want[0]} rows, the first is {rows[0]}"
 
 
 def _listed(source: str, problems: list[str], most: int = 40) -> str:

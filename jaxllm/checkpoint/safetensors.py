@@ -1,11 +1,19 @@
-"""Folders of safetensors files, one or many with an index; read lazily, tensor by tensor."""
+"""Folders of safetensors files, one or many with an index; read tensor by tensor.
+
+Source of the format: github.com/huggingface/safetensors. Values are read into memory of their own and not
+mapped: a mapped file's pages would stay in memory beside the parameters until the last tensor is read.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from jaxllm.errors import CheckpointError
@@ -13,6 +21,33 @@ from jaxllm.errors import CheckpointError
 Readers = dict[str, Callable[[], np.ndarray]]
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+LONGEST_HEADER = 100_000_000  # bytes, as the format's own reader has it
+DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+
+
+class Place(NamedTuple):
+    """Where a tensor lies in its file."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int  # bytes from the end of the header
+    stop: int
 
 
 def read_folder(folder: pathlib.Path) -> Readers:
@@ -42,25 +77,85 @@ def read_folder(folder: pathlib.Path) -> Readers:
 
 
 def open_file(path: pathlib.Path) -> Readers:
-    """Name -> reader of every tensor in one safetensors file."""
-    from safetensors import SafetensorError, safe_open
+    """Name -> reader of every tensor in one safetensors file.
 
+    Raises CheckpointError where the header does not describe exactly the bytes that follow it."""
     try:
-        handle = safe_open(str(path), framework="numpy").__enter__()
-        names = list(handle.keys())
-    except (SafetensorError, OSError, ValueError) as error:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(size - 8, LONGEST_HEADER):
+                raise ValueError(f"a header of {length} bytes in a file of {size}")
+            places = _places(file.read(length).decode("utf-8"), size - 8 - length)
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a whole safetensors file ({error}); download it again") from error
+    return {name: partial(_read, path, 8 + length, name, place) for name, place in places.items()}
 
-    def reader(name: str) -> Callable[[], np.ndarray]:
-        def read() -> np.ndarray:
-            try:
-                return handle.get_tensor(name)
-            except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:
-                raise CheckpointError(f"{path}: {name} cannot be read ({error})") from error
 
-        return read
+def _places(header: str, size: int) -> dict[str, Place]:
+    """The tensors of a header, whose values fill `size` bytes. ValueError where they do not."""
+    table = json.loads(header, object_pairs_hook=_each_once)
+    if not isinstance(table, dict):
+        raise ValueError("the header is not an object")
+    places = {name: _place(name, entry) for name, entry in table.items() if name != "__metadata__"}
+    end = 0
+    for name, place in sorted(places.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if place.start != end:
+            raise ValueError(f"{name!r} starts at byte {place.start}, but the tensor before it ends at {end}")
+        end = place.stop
+    if end != size:
+        raise ValueError(f"its tensors need {end} bytes and the file has {size}")
+    return places
 
-    return {name: reader(name) for name in names}
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("the header names a tensor twice")
+    return table
+
+
+def _place(name: str, entry: Any) -> Place:
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise ValueError(f"{name!r} should have dtype, shape and data_offsets")
+    if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
+        raise ValueError(f"the dtype of {name!r} is not one of {', '.join(DTYPES)}")
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if not (_whole_numbers(shape) and len(shape) <= 32 and _whole_numbers(offsets) and len(offsets) == 2):
+        raise ValueError(f"the shape or data_offsets of {name!r} are no lists of sizes")
+    place = Place(np.dtype(DTYPES[entry["dtype"]]), tuple(shape), *offsets)
+    given = place.stop - place.start
+    if given != math.prod(shape) * place.dtype.itemsize:
+        raise ValueError(f"{name!r} of shape {shape} does not take the {given} bytes it is given")
+    return place
+
+
+def _whole_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**48 for v in values)
+
+
+def _read(path: pathlib.Path, begin: int, name: str, place: Place) -> np.ndarray:
+    """The values of one tensor, in memory that JAX on a CPU can take over without a copy."""
+    size = place.stop - place.start
+    data = _aligned(size)
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(begin + place.start)
+            got = 0
+            while got < size and (n := file.readinto(data[got:])):  # Linux gives at most 2 GiB at once
+                got += n
+    except OSError as error:
+        raise CheckpointError(f"{path}: {name} cannot be read ({error})") from error
+    if got < size:
+        raise CheckpointError(f"{path}: {name} has only {got} of its {size} bytes left; download the file again")
+    return data.view(place.dtype).reshape(place.shape)
+
+
+def _aligned(size: int, to: int = 64) -> np.ndarray:
+    """u8 [size] whose address is a multiple of `to`."""
+    data = np.empty(size + to, np.uint8)
+    start = -data.ctypes.data % to
+    return data[start : start + size]
 
 
 def _indexed(folder: pathlib.Path, index: pathlib.Path) -> Readers:
@@ -69,7 +164,7 @@ def _indexed(folder: pathlib.Path, index: pathlib.Path) -> Readers:
     for name in sorted(set(wanted.values())):
         if pathlib.PurePath(name).name != name:
             raise CheckpointError(f"{index} names {name!r}; it may only name files in its own folder")
-        if not (folder / name).is_file():
+        if not _is_file(folder / name):
             raise CheckpointError(f"{index} names {name!r}, which is not in {folder}; download the missing file")
         opened[name] = open_file(folder / name)
     absent = [t for t, file in wanted.items() if t not in opened[file]]
@@ -80,12 +175,19 @@ def _indexed(folder: pathlib.Path, index: pathlib.Path) -> Readers:
     return {tensor: opened[file][tensor] for tensor, file in wanted.items()}
 
 
+def _is_file(path: pathlib.Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long for the file system
+        return False
+
+
 def _weight_map(index: pathlib.Path) -> dict[str, str]:
     try:
         wanted = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         if not isinstance(wanted, dict) or not all(isinstance(f, str) and f for f in wanted.values()):
             raise TypeError("weight_map should map tensor names to file names")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{index} is not an index of safetensors files ({error}); download it again"
         ) from error
@@ -97,7 +199,7 @@ def _nothing(folder: pathlib.Path) -> str:
     if not pickles:
         return f"{folder} has no .safetensors file; a checkpoint folder needs its weights beside config.json"
     return (
-        f"{folder} holds PyTorch pickles ({pickles[0]}), which can run code when read, so jaxllm never reads them; "
-        "convert once where you trust the file: load it with transformers and call "
+        f"{folder} holds PyTorch pickles ({pickles[0]}), which can run code when read, so jaxllm never reads "
+        "them; convert once where you trust the file: load it with transformers and call "
         "save_pretrained(folder, safe_serialization=True)"
     )

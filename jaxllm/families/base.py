@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from jaxllm.config import MLP, Attention, Block, ModelConfig, Norm
+from jaxllm.config import MLP, Attention, Block, ModelConfig, Norm, params_shape
 from jaxllm.families.fields import Fields
 from jaxllm.families.layouts import Split
 from jaxllm.families.rope import parameters
@@ -23,6 +23,9 @@ ACTIVATIONS = {
     "relu": "relu",
     "relu2": "relu2",
 }
+
+
+MANY = 10_000  # more layers, and more heads in one, than any model has
 
 
 class Rule(NamedTuple):
@@ -49,6 +52,7 @@ class Family:
     unit_norm: str | None = None  # paths of norm weights that checkpoints lack: ones are supplied
     inside: str | None = None  # what the decoder's names are prefixed with in a larger model
     skip: tuple[str, ...] = ()  # tensors that are not part of the decoder
+    past_last: str | None = None  # tensors of layer (\d+), not part of it from the last layer on
 
 
 NORMS = r".*\b(pre|post|norm|q_norm|k_norm)\.w"  # every norm weight of the canonical tree
@@ -76,12 +80,12 @@ def sizes(c: Fields, *, act: str | None = None, tied: bool = False, norm: str = 
     tied is what a config without tie_word_embeddings means; act, where given, is not read from the config.
     """
     width = c.int("hidden_size|n_embd|d_model|n_embed")
-    heads = c.int("num_attention_heads|n_head|n_heads")
+    heads = given.get("heads") or c.int("num_attention_heads|n_head|n_heads", most=MANY)
     if width % heads and c.raw("head_dim") is None and "head_dim" not in given:
         c.problem(f"the width {width} is not a multiple of {heads} heads, and there is no head_dim")
     read = dict(
         width=width,
-        layers=c.int("num_hidden_layers|n_layer|n_layers|num_layers"),
+        layers=c.int("num_hidden_layers|n_layer|n_layers|num_layers", most=MANY),
         heads=heads,
         kv_heads=c.int("num_key_value_heads", heads),
         head_dim=c.int("head_dim", max(width // heads, 1)),
@@ -96,9 +100,6 @@ def sizes(c: Fields, *, act: str | None = None, tied: bool = False, norm: str = 
         max_len=c.int("max_position_embeddings|n_positions|max_seq_len|seq_length", 2048),
     )
     s = Sizes(**(read | given))
-    if s.layers > 10_000:
-        c.problem(f"{s.layers} layers are more than any model has")
-        s = dataclasses.replace(s, layers=1)
     if s.heads % s.kv_heads:
         c.problem(f"{s.heads} heads cannot share {s.kv_heads} key-value heads evenly")
     return s
@@ -140,7 +141,7 @@ def layer_types(c: Fields, s: Sizes, *, every: int | None = None) -> list[str]:
     Where it does not: all sliding but for every `every`-th, which is full (0: every layer is).
     """
     if every is not None and c.raw("layer_types") is None:
-        sliding = lambda i: bool(every and (i + 1) % every)  # noqa: E731
+        sliding = lambda i: bool(every and (i + 1) % every)
         return ["sliding_attention" if sliding(i) else "full_attention" for i in range(s.layers)]
     return [str(t) for t in c.items("layer_types", s.layers)]
 
@@ -164,9 +165,19 @@ def model_config(
     c = Fields(values, context=context)
     try:
         config = family.describe(c)
-    except (ArithmeticError, TypeError, ValueError, LookupError, AttributeError) as error:
+    except (ArithmeticError, TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
         # A problem already found (a missing size, say) is why the rest does not work out.
         c.problem(f"its values do not fit together ({type(error).__name__}: {error})")
         config = None
+    if config and not c.problems:
+        _check_shapes(c, config)
     c.finish(ignore)
     return config
+
+
+def _check_shapes(c: Fields, config: ModelConfig) -> None:
+    """A problem where a product or difference of the config's values is no size."""
+    for path, shape in params_shape(config).items():
+        if not all(isinstance(n, int) and n > 0 for n in shape):
+            c.problem(f"its values give {path} the shape {list(shape)}; every size should be at least 1")
+            return

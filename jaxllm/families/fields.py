@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -29,7 +30,7 @@ HARMLESS = re.compile(
 
 
 class Fields:
-    """A config.json being read. Every getter takes alternatives "a|b"; the first that is present and not null wins.
+    """A config.json being read. Every getter takes alternatives "a|b": the first present and not null wins.
 
     Problems are collected, not raised, so that one error can list them all; a getter that found one returns
     its default, or a harmless value of its type.
@@ -56,12 +57,13 @@ class Fields:
             return blank
         if accept(value):
             return value
-        self.problem(f"{names.split('|')[0]} should be {kind}, got {str(value)[:60]!r}")
+        self.problem(f"{names.split('|')[0]} should be {kind}, got {shown(value)}")
         return blank if default is REQUIRED else default
 
-    def int(self, names: str, default: Any = REQUIRED) -> int:
-        """A size or count from 1 to 2**31."""
-        value = self._typed(names, default, "a whole number of at least 1", _is_count, 1)
+    def int(self, names: str, default: Any = REQUIRED, *, most: int = MOST) -> int:
+        """A size or count from 1 to `most`: what becomes Python tuples (layers, heads, rotary dims) is small."""
+        kind = f"a whole number from 1 to {most}"
+        value = self._typed(names, default, kind, lambda v: _is_count(v) and v <= most, 1)
         return int(value) if isinstance(value, float) else value
 
     def number(self, names: str, default: Any = REQUIRED) -> float:
@@ -77,14 +79,14 @@ class Fields:
         """A list, of at least `length` entries where given."""
         kind = "a list" if length is None else f"a list of {length} entries"
         blank = [None] * (length or 0)
-        ok = lambda v: isinstance(v, list) and (length is None or len(v) >= length)  # noqa: E731
+        ok = lambda v: isinstance(v, list) and (length is None or len(v) >= length)
         return self._typed(names, default, kind, ok, blank)
 
     def table(self, names: str, default: Any = REQUIRED) -> dict:
         return self._typed(names, default, "an object", lambda v: isinstance(v, dict), {})
 
     def section(self, name: str, defaults: Mapping[str, Any] | None = None) -> Fields:
-        """The fields of an object inside this config, over `defaults`; what is wrong or unread there counts here."""
+        """The fields of an object in this config, over `defaults`; what is wrong or unread there counts here."""
         inner = Fields(dict(defaults or {}) | self.table(name, {}), context=self.context)
         inner.problems = self.problems
         self.sections.append(inner)
@@ -98,14 +100,14 @@ class Fields:
             return first
         if value in options:
             return options[value]
-        self.problem(f"{names.split('|')[0]} is {value!r}; jaxllm knows {', '.join(options)}")
+        self.problem(f"{names.split('|')[0]} is {shown(value)}; jaxllm knows {', '.join(options)}")
         return first
 
     def expect(self, name: str, *allowed: Any) -> None:
         """A field only some values of which are implemented (null always is)."""
         value = self.raw(name)
         if value is not None and value not in allowed:
-            self.problem(f"{name}={str(value)[:60]!r} is not implemented; jaxllm knows {list(allowed)}")
+            self.problem(f"{name}={shown(value)} is not implemented; jaxllm knows {list(allowed)}")
 
     def skip(self, names: str) -> None:
         """Fields that another field already decides."""
@@ -132,8 +134,14 @@ class Fields:
     def note_unread(self, ignore: Iterable[str] = ()) -> None:
         """Make a problem of every field nobody asked for."""
         for name in self.unread(ignore):
-            value = str(self.values[name])[:60]
-            self.problem(f"{name}={value!r} is not understood; if it does not matter, pass ignore=[{name!r}]")
+            value = shown(self.values[name])
+            self.problem(f"{name}={value} is not understood; if it does not matter, pass ignore=[{name!r}]")
+
+
+def shown(value: Any) -> str:
+    """A value as it is written, in at most 60 characters and whatever its depth."""
+    text = reprlib.repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _is_number(value: Any) -> bool:

@@ -73,7 +73,8 @@ def mpt(c: Fields) -> ModelConfig:
     c.expect("no_bias", True)
     c.expect("norm_type", "low_precision_layernorm", "layernorm")
     c.expect("logit_scale", 1.0)
-    c.skip("learned_pos_emb|embedding_fraction|verbose|fc_type")  # ALiBi takes the place of learned positions
+    # ALiBi takes the place of learned positions.
+    c.skip("learned_pos_emb|embedding_fraction|verbose|fc_type|tokenizer_name")
     a.expect("alibi", True)
     a.expect("attn_type", "multihead_attention")
     a.expect("qk_ln", False)

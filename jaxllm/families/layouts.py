@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from jaxllm.config import MLA, Block
+from jaxllm.config import MLA, Block, DeltaNet
 
 Split = Callable[[np.ndarray, str, Block], dict[str, np.ndarray]]
 
@@ -57,9 +57,29 @@ def gate_up(x: np.ndarray, leaf: str, block: Block) -> dict[str, np.ndarray]:
     return _named(("gate", "up"), leaf, np.split(x, 2, _axis(leaf)))
 
 
+def turned_gate_up(x: np.ndarray, leaf: str, block: Block) -> dict[str, np.ndarray]:
+    """[.., in, gate then up]."""
+    return gate_up(x.swapaxes(-1, -2), leaf or "w", block)
+
+
 def up_gate(x: np.ndarray, leaf: str, block: Block) -> dict[str, np.ndarray]:
     """[up; gate]."""
     return _named(("up", "gate"), leaf, np.split(x, 2, _axis(leaf)))
+
+
+def stacked_gate_up(x: np.ndarray, leaf: str, block: Block) -> dict[str, np.ndarray]:
+    """Experts' gates and ups taking turns: matrices [E, in, 2 F] or biases [E, 2 F]."""
+    return _stacked(("gate", "up"), (x[..., 0::2], x[..., 1::2]))
+
+
+def stacked_down(x: np.ndarray, leaf: str, block: Block) -> dict[str, np.ndarray]:
+    """Experts' matrices [E, F, out] or biases [E, out]."""
+    return _stacked(("down",), (x,))
+
+
+def _stacked(names: Iterable[str], parts: Iterable[np.ndarray]) -> dict[str, np.ndarray]:
+    turned = [x.swapaxes(1, 2) if x.ndim == 3 else x for x in parts]
+    return _named(names, "w" if turned[0].ndim == 3 else "b", turned)
 
 
 def latent_kv(x: np.ndarray, leaf: str, block: Block) -> dict[str, np.ndarray]:
@@ -72,6 +92,29 @@ def latent_kv(x: np.ndarray, leaf: str, block: Block) -> dict[str, np.ndarray]:
 def depthwise(x: np.ndarray, leaf: str, block: Block) -> dict[str, np.ndarray]:
     """Convolution weights [C, 1, kernel] -> [C, kernel]."""
     return {f"conv.{leaf}": x[:, 0] if leaf == "w" else x}
+
+
+def unit_rows(x: np.ndarray) -> np.ndarray:
+    """Every row [.., in] at length 1, computed in f32, in x's dtype."""
+    y = x.astype(np.float32)
+    return (y / np.maximum(np.linalg.norm(y, axis=-1, keepdims=True), 1e-12)).astype(x.dtype)
+
+
+def delta_qkvz(x: np.ndarray, leaf: str, block: Block) -> dict[str, np.ndarray]:
+    """For each key head: its query, its key, then its values and their gates."""
+    m: DeltaNet = block.mixer
+    values = m.v_heads // m.k_heads * m.v_dim
+    x = x.reshape(m.k_heads, -1, *x.shape[1:])
+    parts = np.split(x, [m.k_dim, 2 * m.k_dim, 2 * m.k_dim + values], 1)
+    *qkv, z = (part.reshape(-1, *x.shape[2:]) for part in parts)
+    return {f"qkv.{leaf}": np.concatenate(qkv), f"z.{leaf}": z}
+
+
+def delta_ba(x: np.ndarray, leaf: str, block: Block) -> dict[str, np.ndarray]:
+    """For each key head: the write strengths of its values, then their decays."""
+    m: DeltaNet = block.mixer
+    x = x.reshape(m.k_heads, 2, -1, *x.shape[1:])
+    return _named("ba", leaf, (x[:, i].reshape(-1, *x.shape[3:]) for i in range(2)))
 
 
 def deinterleave(x: np.ndarray, heads: int, dims: int, *, at: int = 0) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from typing import Any
 
 from jaxllm.config import Attention, Block, ModelConfig, QKNorm
@@ -48,20 +50,24 @@ def smollm3(c: Fields) -> ModelConfig:
     s = sizes(c, tied=True)
     every = c.int("no_rope_layer_interval", 4)
     turned = c.items("no_rope_layers", s.layers, [int((i + 1) % every != 0) for i in range(s.layers)])
-    table = rope(c, s.head_dim, theta=2e6)
-    sliding = c.flag("use_sliding_window", False) and c.int("sliding_window", None)
-    if c.raw("layer_types") is None:
-        width = [sliding if sliding and not r else None for r in turned]
-    else:
-        width = [w if sliding else None for w in windows(c, s)]
-    c.skip("sliding_window|max_window_layers")
+    usual, width = llama_attention(c, s, rope=rope(c, s.head_dim, theta=2e6)), _smollm3_windows(c, s, turned)
     mlp = dense(s, bias=c.flag("mlp_bias", False))
 
     def layer(i: int) -> Block:
-        mixer = llama_attention(c, s, rope=table if turned[i] else None, window=width[i])
+        mixer = replace(usual, rope=usual.rope if turned[i] else None, window=width[i])
         return Block(mixer, mlp, s.norm)
 
     return decoder(c, s, layer)
+
+
+def _smollm3_windows(c: Fields, s: Sizes, turned: list[int]) -> list[int | None]:
+    if not c.flag("use_sliding_window", False):
+        c.skip("layer_types")
+        return [None] * s.layers
+    if c.raw("layer_types") is not None:
+        return windows(c, s)
+    width = c.int("sliding_window", None)
+    return [None if r else width for r in turned]
 
 
 def granite(c: Fields) -> ModelConfig:
@@ -69,14 +75,14 @@ def granite(c: Fields) -> ModelConfig:
     mixer = llama_attention(c, s, scale=c.number("attention_multiplier", 1.0))
     mlp = dense(s, bias=c.flag("mlp_bias", False))
     block = Block(mixer, mlp, s.norm, residual=c.number("residual_multiplier", 1.0))
-    ends = dict(
-        embed_scale=c.number("embedding_multiplier", 1.0), logit_scale=1 / c.number("logits_scaling", 1.0)
-    )
+    ends = dict(embed_scale=c.number("embedding_multiplier", 1.0), logit_scale=1 / c.number("logits_scaling", 1.0))
     return decoder(c, s, block, **ends)
 
 
 def phi3(c: Fields) -> ModelConfig:
     c.skip("original_max_position_embeddings")  # rope reads it where it matters
+    for name, only in (("full_attn_mod", 1), ("interpolate_factor", 1), ("lm_head_bias", False)):
+        c.expect(name, only)
     return llama(c)
 
 
@@ -95,10 +101,12 @@ def ernie4_5(c: Fields) -> ModelConfig:
 
 def hunyuan(c: Fields) -> ModelConfig:
     """Queries and keys are normed after they are rotated."""
-    c.skip("cla_share_factor|attention_head_dim|org_vocab_size|pool_type|num_media_embeds|class_num")
-    c.expect("use_cla", False)
-    c.expect("use_qk_norm", True)
-    c.expect("norm_type", "rms")
+    c.skip("attention_head_dim|cla_share_factor|moe_topk|norm_topk_prob|num_shared_expert")  # of other variants
+    c.skip("|".join(name for name in c.values if re.match(_HUNYUAN_MULTIMODAL, name)))
+    for name, only in (("use_cla", False), ("use_qk_norm", True), ("use_mla", False), ("num_experts", 1)):
+        c.expect(name, only)
+    for name, only in (("norm_type", "rms"), ("use_rotary_pos_emb", True), ("position_embedding_xdrope", False)):
+        c.expect(name, only)
     s = sizes(c)
     return llama(c, s, qk_norm=QKNorm(s.norm, "head", after_rope=True))
 
@@ -121,6 +129,9 @@ def exaone4(c: Fields) -> ModelConfig:
     return decoder(c, s, layer)
 
 
+_HUNYUAN_MULTIMODAL = (
+    r"anyres_|vit_|(im|text|video|mask)_\w+_id$|pad_id|num_media|pool_type|class_num|dense_l|org_v"
+)
 HUNYUAN = (
     Rule(L + r"self_attn\.query_layernorm", r"layers.\1.mixer.q_norm"),
     Rule(L + r"self_attn\.key_layernorm", r"layers.\1.mixer.k_norm"),

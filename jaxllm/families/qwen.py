@@ -31,8 +31,10 @@ def _stack(c: Fields, s: Sizes, **attn: Any) -> ModelConfig:
 
 
 def qwen(c: Fields) -> ModelConfig:
-    """The first Qwen. Its two extensions, a growing base and log-n attention, begin beyond seq_length positions."""
-    c.skip("max_position_embeddings|use_dynamic_ntk|use_logn_attn|scale_attn_weights|bf16|fp16|fp32|softmax_in_fp32")
+    """The first Qwen. Its extensions, a growing base and log-n attention, begin beyond seq_length positions."""
+    c.skip(
+        "max_position_embeddings|use_dynamic_ntk|use_logn_attn|scale_attn_weights|bf16|fp16|fp32|softmax_in_fp32"
+    )
     c.expect("no_bias", True)
     hidden = c.int("intermediate_size|ffn_hidden_size") // 2
     longest = c.int("seq_length|max_position_embeddings")

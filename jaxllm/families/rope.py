@@ -7,12 +7,15 @@ Sources: linear (kaiokendev), dynamic NTK (bloc97), yarn (arXiv 2309.00071), lon
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
 from jaxllm.config import Rope
-from jaxllm.families.fields import Fields
+from jaxllm.families.fields import Fields, shown
 
+WIDEST = 2**16  # rotated dims of a head: no model has more, and the table is a Python tuple
 Table = tuple[np.ndarray, float]  # inverse frequencies, amplitude
 
 
@@ -24,26 +27,35 @@ def rope(
     theta: float = 10000.0,
     partial: float = 1.0,
     fraction: float | None = None,
+    usual: Mapping[str, Any] | None = None,
 ) -> Rope:
     """The rotary table of a config, from `rope_parameters` or from `rope_scaling` and `rope_theta`.
 
     kind picks one layer type's parameters where a config has several; theta and partial are what a config
-    without them means; fraction overrides the rotated part.
+    without them means; fraction overrides the rotated part; usual are the
+    parameters of a config that has none.
     """
-    r = parameters(c, kind)
+    r = parameters(c, kind) or dict(usual or {})
     base = _number(c, r, "rope_theta", c.number("rope_theta|rotary_emb_base|rotary_base", theta))
     partial = c.number("partial_rotary_factor|rotary_pct|rope_pct", partial)
     partial = _number(c, r, "partial_rotary_factor", partial)
     dim = int(head_dim * (partial if fraction is None else fraction))
     dim -= dim % 2
-    if dim < 2 or base <= 0:
+    if not 2 <= dim <= WIDEST or base <= 0:
         c.problem(f"rotary embeddings of {dim} dimensions with base {base} make no sense")
         return Rope((1.0,))
     name = str(r.get("rope_type", r.get("type", "default")))
     if name not in SCHEMES:
-        c.problem(f"rope type {name!r} is not known; jaxllm has {', '.join(SCHEMES)}")
+        c.problem(f"rope type {shown(name)} is not known; jaxllm has {', '.join(SCHEMES)}")
         return Rope((1.0,))
-    freq, amplitude = SCHEMES[name](c, r, base, dim)
+    return _checked(c, lambda: SCHEMES[name](c, r, base, dim), r)
+
+
+def _checked(c: Fields, table: Callable[[], Table], given: Any) -> Rope:
+    with np.errstate(all="ignore"):  # what comes out is told as a problem, not warned of
+        freq, amplitude = table()
+    if not np.isfinite([*freq, amplitude]).all():
+        c.problem(f"the rotary parameters {shown(given)} give frequencies that are not finite")
     return Rope(tuple(float(f) for f in freq), float(amplitude))
 
 
@@ -53,8 +65,9 @@ def ropes(c: Fields, head_dim: int, *, theta: float, local: str, local_theta: fl
     Older configs say `rope_theta` and `rope_scaling` for the full ones, and a plain base in the field `local`.
     """
     if c.table("rope_parameters", None) is None:
-        plain = _frequencies(c.number(local, local_theta), head_dim)
-        near, far = Rope(tuple(map(float, plain))), rope(c, head_dim, theta=theta)
+        base = c.number(local, local_theta)
+        near = _checked(c, lambda: _default(c, {}, base, head_dim), {local: base})
+        far = rope(c, head_dim, theta=theta)
     else:
         near = rope(c, head_dim, kind="sliding_attention", theta=local_theta)
         far = rope(c, head_dim, kind="full_attention", theta=theta)
@@ -76,11 +89,13 @@ def _number(c: Fields, r: dict, name: str, default: float | None = None) -> floa
     value = default if value is None else value
     if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30:
         return value
-    c.problem(f"rope parameter {name} should be a number, got {value!r}")
+    c.problem(f"rope parameter {name} should be a number, got {shown(value)}")
     return 1.0
 
 
 def _frequencies(base: float, dim: int) -> np.ndarray:
+    if dim > WIDEST:
+        raise ValueError(f"{dim} rotary dimensions are more than any head has")
     return 1.0 / base ** (np.arange(0, dim, 2) / dim)
 
 
@@ -156,6 +171,7 @@ def _longrope(c: Fields, r: dict, base: float, dim: int) -> Table:
         factors = [1.0] * (dim // 2)
     factor = _number(c, r, "factor", longest / original)
     grown = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    grown = _number(c, r, name.replace("factor", "mscale"), grown)
     amplitude = _number(c, r, "attention_factor", grown)
     return _frequencies(base, dim) / np.asarray(factors, np.float64), amplitude
 

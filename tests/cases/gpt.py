@@ -30,7 +30,7 @@ CASES = {
     "mpt": Case("mpt", MPT),
     "mpt-clip": Case(
         "mpt",
-        MPT | dict(d_model=60, n_heads=6, attn_config=dict(clip_qkv=0.5, alibi_bias_max=16, softmax_scale=0.2)),
+        MPT | dict(d_model=60, n_heads=6, attn_config=dict(clip_qkv=0.5, softmax_scale=0.2)),
     ),
     "starcoder2": Case("starcoder2", common(sliding_window=None)),
     "starcoder2-window": Case("starcoder2", common(sliding_window=8, use_bias=False, tie_word_embeddings=False)),

@@ -17,6 +17,18 @@ LONG = dict(
 )
 SIX = dict(short_factor=LONG["short_factor"][:6], long_factor=LONG["long_factor"][:6], partial_rotary_factor=0.75)
 GRANITE = dict(embedding_multiplier=3.0, residual_multiplier=0.5, attention_multiplier=0.2, logits_scaling=2.0)
+HUNYUAN = dict(
+    use_cla=False,
+    cla_share_factor=2,
+    use_qk_norm=True,
+    norm_type="rms",
+    vit_type=None,
+    vit_token=64,
+    im_start_id=5,
+    num_experts=1,
+    num_shared_expert=1,
+    pool_type="last",
+)
 QWEN = (
     (r"^model\.layers", "transformer.h"),
     (r"^model\.embed_tokens", "transformer.wte"),
@@ -70,7 +82,9 @@ CASES = {
     "seed_oss": Case("seed_oss", common(head_dim=16)),
     "seed_oss-out": Case("seed_oss", common(head_dim=32, attention_bias=False, attention_out_bias=True)),
     "helium": Case("helium", common(head_dim=16)),
-    "helium-bias": Case("helium", common(head_dim=16, attention_bias=True, mlp_bias=True, tie_word_embeddings=True)),
+    "helium-bias": Case(
+        "helium", common(head_dim=16, attention_bias=True, mlp_bias=True, tie_word_embeddings=True)
+    ),
     "smollm3": Case("smollm3", common(no_rope_layers=[1, 1, 1, 0])),
     "smollm3-slide": Case("smollm3", common(use_sliding_window=True, sliding_window=8, no_rope_layer_interval=2)),
     "smollm3-old": Case(
@@ -79,7 +93,9 @@ CASES = {
         convert=old_spelling(lambda old: dict(no_rope_layers=None)),
     ),
     "granite": Case("granite", common(**GRANITE)),
-    "granite-bias": Case("granite", common(attention_bias=True, mlp_bias=True, tie_word_embeddings=True, **GRANITE)),
+    "granite-bias": Case(
+        "granite", common(attention_bias=True, mlp_bias=True, tie_word_embeddings=True, **GRANITE)
+    ),
     "phi3": Case("phi3", common(sliding_window=None)),
     "phi3-slide": Case("phi3", common(sliding_window=8, partial_rotary_factor=0.5, tie_word_embeddings=True)),
     "phi3-short": Case("phi3", common(rope_parameters=LONG, original_max_position_embeddings=64)),
@@ -95,7 +111,7 @@ CASES = {
     "hunyuan_v1_dense-alpha": Case(
         "hunyuan_v1_dense",
         common(head_dim=32, attention_bias=True, rope_parameters=DYNAMIC | dict(alpha=50.0, factor=1.0)),
-        convert=old_spelling(),
+        convert=old_spelling(lambda old: HUNYUAN),
     ),
     "exaone4": Case("exaone4", common(sliding_window=8)),
     "exaone4-full": Case("exaone4", common(sliding_window=None, layer_types=["full_attention"] * 4)),

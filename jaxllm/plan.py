@@ -1,0 +1,167 @@
+"""What memory a model needs, from its config alone: nothing is loaded and nothing is allocated."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.config import MLA, Attention, Block, ModelConfig, MoE, params_shape
+from jaxllm.decode import PREFILL_CHUNK
+from jaxllm.errors import ConfigError
+from jaxllm.model import DTYPES
+from jaxllm.ops import BLOCK_ROWS, FEW_ROWS
+from jaxllm.state import KV, Latent, Recurrent, State, init_state, nbytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Parameters (counts) and memory (bytes) of a model and one decode state of it."""
+
+    batch: int
+    context: int  # tokens each row has room for
+    chunk: int  # tokens of each row that one prefill step appends
+    dtype: str  # of matrices, activations and cache
+    parameters: int
+    active_parameters: int  # used by one token: of the routed experts only those chosen
+    parts: dict[str, int]  # parameters by part: embed, attention, mlp, ...; they add up to `parameters`
+    parameter_bytes: int  # as `load(dtype=...)` holds them
+    state_bytes: int  # of init_state(config, batch, context, chunk=chunk)
+    activation_bytes: int  # an estimate of a prefill step's temporaries, see `plan`
+    logits_bytes: int  # f32 [batch, V] twice: logits and log-probabilities of one step
+
+    @property
+    def total_bytes(self) -> int:
+        """Parameters, state and the larger of activations and logits, which do not live at the same time."""
+        return self.parameter_bytes + self.state_bytes + max(self.activation_bytes, self.logits_bytes)
+
+
+def plan(
+    config: ModelConfig,
+    *,
+    batch: int = 1,
+    context: int | None = None,
+    chunk: int | None = None,
+    dtype: str | None = None,
+) -> Plan:
+    """The Plan of a model, with the numbers of the runtime itself: params_shape and an abstract init_state.
+
+    context: default config.max_len. chunk: default that of `generate`, at most the context. dtype: as `load`
+    takes it, default config.dtype; parameters with one axis (norms, biases) stay config.dtype.
+
+    activation_bytes estimates the temporaries of one prefill step: two residual streams [B, C, D]; the largest
+    of the layers' needs, which are the mixer's arrays (queries, keys, values, output; scores and probabilities
+    f32 [B, H, C, S]; the layer's cache once more, laid out for the products) or the feed-forward's (three
+    [B, C, F]); and for every layer what its loops hold (routed experts, recurrences), for XLA shares no loop's
+    buffers between layers. For chunks of 32 tokens and more in float32 on CPU it is 0.9 to 1.7 times what XLA
+    allots; bfloat16 takes about twice as much there, because XLA for CPU widens it to float32.
+
+    Raises ConfigError for an unknown dtype, ContextError where the context is too long for the model.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype should be one of {', '.join(DTYPES)}, got {dtype!r}")
+    context = config.max_len if context is None else context
+    chunk = min(PREFILL_CHUNK if chunk is None else chunk, context)
+    live = replace(config, dtype=dtype or config.dtype)
+    state = jax.eval_shape(partial(init_state, live, batch, context, chunk=chunk))
+    shapes = params_shape(config)
+    return Plan(
+        batch=batch,
+        context=context,
+        chunk=chunk,
+        dtype=live.dtype,
+        parameters=sum(map(math.prod, shapes.values())),
+        active_parameters=_active(config, shapes),
+        parts=_parts(config, shapes),
+        parameter_bytes=_parameter_bytes(config, live, shapes),
+        state_bytes=nbytes(state),
+        activation_bytes=_activations(live, state, batch * chunk),
+        logits_bytes=2 * 4 * batch * config.vocab,
+    )
+
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def _block(path: str, config: ModelConfig) -> tuple[Block | None, list[str]]:
+    """(the block a parameter belongs to, its path there)."""
+    names = path.split(".")
+    return (config.blocks[int(names[1])], names[2:]) if names[0] == "layers" else (None, names)
+
+
+def _parts(config: ModelConfig, shapes: Shapes) -> dict[str, int]:
+    found: Counter[str] = Counter()
+    for path, shape in shapes.items():
+        block, names = _block(path, config)
+        part = names[0] if block is None else type(getattr(block, names[0])).__name__.lower()
+        found[part] += math.prod(shape)
+    return dict(found)
+
+
+def _active(config: ModelConfig, shapes: Shapes) -> int:
+    total = 0
+    for path, shape in shapes.items():
+        block, names = _block(path, config)
+        routed = (
+            block and isinstance(block.ffn, MoE) and names[:1] == ["ffn"] and names[1] in ("gate", "up", "down")
+        )
+        total += math.prod(shape) * block.ffn.top_k // block.ffn.experts if routed else math.prod(shape)
+    return total
+
+
+def _parameter_bytes(stored: ModelConfig, live: ModelConfig, shapes: Shapes) -> int:
+    """`load` casts matrices and leaves vectors as they are."""
+    vector, matrix = (jnp.dtype(c.dtype).itemsize for c in (stored, live))
+    return sum(math.prod(s) * (matrix if len(s) > 1 else vector) for s in shapes.values())
+
+
+# ---- activations ----------------------------------------------------------------------------------------
+
+
+def _activations(config: ModelConfig, state: State, rows: int) -> int:
+    """Bytes of a prefill step's temporaries, for rows = batch * chunk new tokens."""
+    item = jnp.dtype(config.dtype).itemsize
+    shared, looped = 0, 0
+    for block, cache in zip(config.blocks, state.layers, strict=True):
+        (mixed, a), (fed, b) = _mixer(block, cache, rows, item), _ffn(block, rows, config.width, item)
+        shared, looped = max(shared, mixed, fed), looped + a + b
+    return 2 * rows * config.width * item + shared + looped
+
+
+def _mixer(block: Block, cache: KV | Latent | Recurrent, rows: int, item: int) -> tuple[int, int]:
+    """(bytes that layers share in turn, bytes of loops, which each layer keeps)."""
+    match block.mixer:
+        case Attention() as m:
+            projected = 2 * (m.heads + m.kv_heads) * m.head_dim
+        case MLA() as m:
+            projected = m.heads * (2 * m.kv_rank + m.nope_dim + 2 * m.rope.dims + m.v_dim)
+        case _:  # projections, the convolution's line, gates and the scan's inputs; the scan's output
+            wide = 4 * rows * cache.conv.shape[-1]
+            return 7 * wide + _bytes(cache), wide
+    scores = 2 * 4 * rows * m.heads * cache.pos.shape[1]
+    return rows * projected * item + scores + _bytes(cache), 0
+
+
+def _ffn(block: Block, rows: int, width: int, item: int) -> tuple[int, int]:
+    match block.ffn:
+        case None:
+            return 0, 0
+        case MoE() as m:
+            return _moe(m, rows, width, item)
+    return 3 * rows * block.ffn.hidden * item, 0
+
+
+def _moe(m: MoE, rows: int, width: int, item: int) -> tuple[int, int]:
+    """Few rows gather their experts' matrices; many are padded to blocks of one expert, in loops."""
+    routed, shared = rows * m.top_k, 3 * rows * m.shared * item
+    if routed <= FEW_ROWS:
+        return shared + 3 * routed * m.hidden * width * item, 0
+    return shared, 3 * 4 * (routed + m.experts * BLOCK_ROWS) * (m.hidden + width)
+
+
+def _bytes(cache: KV | Latent | Recurrent) -> int:
+    return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(cache))
