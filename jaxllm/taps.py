@@ -1,4 +1,4 @@
-"""Keep or edit named activations while a forward is traced. Off costs nothing: the program is the same to the byte.
+"""Keep or edit named activations while a forward is traced. Off costs nothing: the program stays the same.
 
 Names are "embed", "norm", or "layers.{i}.{point}" with the points below.
 
@@ -15,8 +15,8 @@ Names are "embed", "norm", or "layers.{i}.{point}" with the points below.
 | mid            | [B, T, D]        | residual stream between mixer and feed-forward (sequential)     |
 | ffn.in         | [B, T, D]        | what the feed-forward reads (after its norm)                    |
 | ffn.hidden     | [B, T, F]        | activations of the neurons (MLP)                                |
-| ffn.experts    | i32 [B, T, k]    | chosen experts (MoE; keep only)                                 |
-| ffn.weights    | [B, T, k]        | their weights, f32 (MoE)                                        |
+| ffn.experts    | i32 [B, T, k]    | chosen experts (MoE)                                            |
+| ffn.weights    | [B, T, k]        | weights of the experts that were chosen by score, f32 (MoE)     |
 | ffn.out        | [B, T, D]        | what the feed-forward adds                                      |
 | out            | [B, T, D]        | residual stream leaving the layer                               |
 
@@ -46,6 +46,10 @@ class Taps:
 
     keep: Sequence[str] = ()
     edit: Mapping[str, Edit] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.keep, str):
+            raise JaxllmError(f"keep is a sequence of patterns; write keep=({self.keep!r},)")
 
 
 class Recorder:

@@ -4,6 +4,25 @@ import pathlib
 
 import pytest
 
+from tests.parity import HEAD, row
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The parity table, from whichever process ran the cases."""
+    reports = terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
+    found = [
+        (report.nodeid.split("[")[-1].rstrip("]"), value)
+        for report in reports
+        if report.when == "call"
+        for name, value in report.user_properties
+        if name == "parity"
+    ]
+    if found:
+        terminalreporter.section("parity with transformers: max |difference| / max |logit|; bf16: error over theirs")
+        terminalreporter.write_line(HEAD)
+        for name, errors in sorted(found):
+            terminalreporter.write_line(row(name, errors))
+
 
 @pytest.fixture(scope="session")
 def shared() -> pathlib.Path:

@@ -108,17 +108,20 @@ def theirs(name: str, parameters: dict, context: int | None) -> tuple[np.ndarray
     config = transformers.LlamaConfig(
         head_dim=HEAD_DIM, max_position_embeddings=LONGEST, rope_parameters=dict(parameters)
     )
-    default = LlamaRotaryEmbedding.compute_default_rope_parameters
-    make = default if name == "default" else ROPE_INIT_FUNCTIONS[name]
-    freq, amplitude = make(config, "cpu", seq_len=context)
+    if name == "default":
+        freq, amplitude = LlamaRotaryEmbedding.compute_default_rope_parameters(config)
+    else:
+        freq, amplitude = ROPE_INIT_FUNCTIONS[name](config, "cpu", seq_len=context)
     return freq.numpy(), float(amplitude)
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("partial", [None, 0.5])
-@pytest.mark.parametrize(("name", "changes"), VARIANTS)
+@pytest.mark.parametrize(("name", "changes"), VARIANTS, ids=str)
 def test_transformers(name, changes, partial, seed):
+    if partial and name == "default":
+        pytest.skip("transformers has no one function for it")
     rng = np.random.default_rng(seed)
     theta = float(10 ** rng.uniform(3.5, 6))
     own = {k: v for k, v in (pick(rng, name) | changes).items() if v is not None or k == "factor"}

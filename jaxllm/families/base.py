@@ -131,7 +131,7 @@ def _max_len(c: Fields, s: Sizes) -> int:
         if c.context and c.context > s.max_len:
             c.problem(f"max_len={c.context} was asked for; the model was made for {s.max_len} positions")
         return s.max_len
-    original = r.get("original_max_position_embeddings") or c.raw("original_max_position_embeddings")
+    original = c.raw("original_max_position_embeddings") or r.get("original_max_position_embeddings")
     return c.context or int(original if isinstance(original, int | float) else s.max_len)
 
 

@@ -124,7 +124,7 @@ def _dynamic(c: Fields, r: dict, base: float, dim: int) -> Table:
 
 def _llama3(c: Fields, r: dict, base: float, dim: int) -> Table:
     factor, low, high = (_number(c, r, n) for n in ("factor", "low_freq_factor", "high_freq_factor"))
-    old = _number(c, r, "original_max_position_embeddings")
+    old = _original(c, r)
     freq = _frequencies(base, dim)
     wave = 2 * np.pi / freq
     smooth = (old / wave - low) / max(high - low, 1e-9)
@@ -133,7 +133,8 @@ def _llama3(c: Fields, r: dict, base: float, dim: int) -> Table:
 
 
 def _yarn(c: Fields, r: dict, base: float, dim: int) -> Table:
-    factor, old = _number(c, r, "factor"), _original(c, r)
+    old = _original(c, r)
+    factor = _number(c, r, "factor", c.int("max_position_embeddings", old) / old)
 
     def turns(rotations: float) -> float:  # the dimension that turns so often over the original length
         return dim * math.log(old / (rotations * 2 * math.pi)) / (2 * math.log(base))
@@ -179,7 +180,9 @@ def _longrope(c: Fields, r: dict, base: float, dim: int) -> Table:
 def _original(c: Fields, r: dict) -> int:
     """The context the unscaled table was trained for."""
     name = "original_max_position_embeddings"
-    return int(_number(c, r, name, c.raw(name) or c.raw("max_position_embeddings|seq_length", 2048)))
+    beside = c.raw(name)  # it counts where a config says it twice
+    given = {name: beside} if beside is not None else r
+    return int(_number(c, given, name, c.raw("max_position_embeddings|seq_length", 2048)))
 
 
 SCHEMES = {
