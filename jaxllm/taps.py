@@ -41,6 +41,7 @@ class Taps:
     """What to keep (patterns such as "layers.*.out") and what to change ({pattern: function of the activation}).
 
     An edit gets the activation and returns one of the same shape; kept values are those after the edit.
+    In a pattern `*`, `?` and `[..]` match within one part of a dotted name, and a part `**` any number of parts.
     Every pattern must match at least one activation of the model, else JaxllmError lists those it has.
     """
 
@@ -50,6 +51,19 @@ class Taps:
     def __post_init__(self) -> None:
         if isinstance(self.keep, str):
             raise JaxllmError(f"keep is a sequence of patterns; write keep=({self.keep!r},)")
+
+
+def fits(name: str, pattern: str) -> bool:
+    """Whether a dotted name matches a pattern, part by part."""
+    return _fits(name.split("."), pattern.split("."))
+
+
+def _fits(name: list[str], pattern: list[str]) -> bool:
+    if not pattern:
+        return not name
+    if pattern[0] == "**":
+        return any(_fits(name[i:], pattern[1:]) for i in range(len(name) + 1))
+    return bool(name) and fnmatchcase(name[0], pattern[0]) and _fits(name[1:], pattern[1:])
 
 
 class Recorder:
@@ -72,7 +86,7 @@ class Recorder:
         if self.taps is None:
             return False
         self.root.seen.append(self.prefix + name)
-        return any(fnmatchcase(self.prefix + name, p) for p in (*self.taps.keep, *self.taps.edit))
+        return any(fits(self.prefix + name, p) for p in (*self.taps.keep, *self.taps.edit))
 
     def __call__(self, name: str, x: jax.Array) -> jax.Array:
         """Pass activation `x` through: edited where asked, recorded where asked."""
@@ -80,9 +94,9 @@ class Recorder:
             return x
         full = self.prefix + name
         for pattern, edit in self.taps.edit.items():
-            if fnmatchcase(full, pattern):
+            if fits(full, pattern):
                 x = _same_shape(full, x, edit(x))
-        if any(fnmatchcase(full, p) for p in self.taps.keep):
+        if any(fits(full, p) for p in self.taps.keep):
             self.root.kept[full] = x
         return x
 
@@ -93,7 +107,7 @@ class Recorder:
         if self.taps is None:
             return {}
         patterns = (*self.taps.keep, *self.taps.edit)
-        unmet = [p for p in patterns if not any(fnmatchcase(n, p) for n in self.root.seen)]
+        unmet = [p for p in patterns if not any(fits(n, p) for n in self.root.seen)]
         if unmet:
             names = ", ".join(sorted({n.split(".", 2)[-1] for n in self.root.seen}))
             raise JaxllmError(

@@ -116,7 +116,7 @@ def test_nano_sorts_all_inputs(nano):
 
 def test_nano_activations(nano, partials):
     tokens = partials["idx"].astype(np.int32)
-    taps = Taps(keep=("embed", "norm", "layers.*"))
+    taps = Taps(keep=("embed", "norm", "layers.**"))
     logits, kept, _ = jaxllm.capture(nano.config, nano.params, tokens, taps)
     heads = {n: partials[n].transpose(0, 2, 1, 3) for n in "qkv"}  # [B, H, T, h] there
     first = dict(partials, **heads)

@@ -676,7 +676,9 @@ def measured(folder: pathlib.Path, **options) -> list[int]:
 def test_parameters_are_in_memory_once(wide):
     loaded, whole, parameters, largest, state = measured(wide)
     assert 120e6 < parameters < 200e6
-    assert 0.9 * parameters < loaded < parameters + largest + 60e6, f"{loaded / 1e6:.0f} MB for {parameters / 1e6:.0f}"
+    assert 0.9 * parameters < loaded < parameters + largest + 60e6, (
+        f"{loaded / 1e6:.0f} MB for {parameters / 1e6:.0f}"
+    )
     assert whole < 1.3 * parameters + state + 400e6
 
 

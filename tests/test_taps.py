@@ -45,12 +45,14 @@ def params(name: str):
 def capture(name: str, what: Taps | None, given=None):
     """(logits, kept) of two rows in a state of twelve slots."""
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
-    def run(params):
-        state = init_state(MODELS[name], B, S, chunk=T)
-        return jaxllm.capture(MODELS[name], params, TOKENS, what, state)[:2]
+    state = init_state(MODELS[name], B, S, chunk=T)
+    return call(MODELS[name], params(name) if given is None else given, TOKENS, what, state)[:2]
 
-    return run(params(name) if given is None else given)
+
+def call(c, p, tokens, what: Taps | None, state=None, **more):
+    """`jaxllm.capture` in a program of its own."""
+    run = lambda p, tokens, state: jaxllm.capture(c, p, tokens, what, state, **more)
+    return jax.jit(run, compiler_options=QUICK)(p, tokens, state)
 
 
 def documented() -> dict[str, str]:
@@ -71,7 +73,7 @@ def shape(text: str, **own: int) -> tuple[int, ...]:
 def test_every_documented_point(name):
     """Each model has exactly its points, each of the documented shape and type."""
     table = documented()
-    _, kept = capture(name, Taps(keep=("*",)))
+    _, kept = capture(name, Taps(keep=("**",)))
     blocks = len(MODELS[name].blocks)
     assert set(kept) == {"embed", "norm"} | {f"layers.{i}.{p}" for i in range(blocks) for p in POINTS[name]}
     for full, x in kept.items():
@@ -86,13 +88,37 @@ def test_the_table_is_complete():
 
 
 def test_patterns():
-    _, kept = capture("attention", Taps(keep=("layers.*.out", "layers.1.mixer.[qk]", "embed")))
-    assert set(kept) == {"layers.0.out", "layers.1.out", "layers.1.mixer.q", "layers.1.mixer.k", "embed"}
+    """A star stays between two dots, so the layers' "out" are not also those of mixer and feed-forward."""
+    _, kept = capture(
+        "attention", Taps(keep=("layers.*.out", "layers.1.mixer.[qk]", "emb??", "**.mid"))
+    )
+    layers = {f"layers.{i}.{point}" for i in range(2) for point in ("out", "mid")}
+    assert set(kept) == layers | {"layers.1.mixer.q", "layers.1.mixer.k", "embed"}
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "fits"),
+    [
+        ("layers.0.out", "layers.*.out", True),
+        ("layers.0.ffn.out", "layers.*.out", False),
+        ("layers.0.ffn.out", "layers.**.out", True),
+        ("layers.0.out", "layers.**.out", True),
+        ("layers.0.out", "**", True),
+        ("layers.0.out", "**.0.*", True),
+        ("layers.0.out", "*", False),
+        ("layers.0.out", "layers.0", False),
+        ("layers.0.out", "layers.0.out.**", True),
+        ("layers.10.out", "layers.[01].out", False),
+        ("layers.0.out", "", False),
+    ],
+)
+def test_matches(name, pattern, fits):
+    assert taps.fits(name, pattern) is fits
 
 
 def test_the_residual_stream_adds_up():
     for name in ("attention", "moe", "mla"):
-        logits, kept = capture(name, Taps(keep=("*",)))
+        logits, kept = capture(name, Taps(keep=("**",)))
         first = {k.removeprefix("layers.0."): v for k, v in kept.items()}
         np.testing.assert_array_equal(kept["embed"], first["in"])
         np.testing.assert_allclose(first["mid"], first["in"] + first["mixer.out"], atol=1e-6)
@@ -176,9 +202,19 @@ def test_ablating_a_head_equals_zeroing_its_columns():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_an_edit_of_any_point_reaches_the_logits(name):
-    plain, _ = capture(name, None)
-    for point in POINTS[name] - {"ffn.experts"}:
-        got, _ = capture(name, Taps(edit={f"layers.0.{point}": lambda x: x * 0.5}))
+    """Each is shrunk and shifted in turn; where none is, the logits are the usual ones."""
+    points = sorted(POINTS[name] - {"ffn.experts"})
+    shrink = lambda size: lambda x: x * (1 - size) + 0.1 * size
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def run(params, sizes):
+        edit = {f"layers.0.{point}": shrink(size) for point, size in zip(points, sizes, strict=True)}
+        return jaxllm.capture(MODELS[name], params, TOKENS, Taps(edit=edit))[0]
+
+    plain = np.asarray(run(params(name), jnp.zeros(len(points))))
+    np.testing.assert_allclose(plain, capture(name, None)[0], atol=1e-5)
+    for i, point in enumerate(points):
+        got = run(params(name), jnp.zeros(len(points)).at[i].set(0.5))
         assert np.abs(np.asarray(got) - plain).max() > 1e-3, point
 
 
@@ -208,8 +244,8 @@ def test_an_edited_key_is_what_later_tokens_see():
     edit = Taps(edit={"layers.0.mixer.v": jnp.zeros_like})
     outs = []
     for what in (None, edit):
-        _, _, state = jaxllm.capture(c, p, TOKENS[:, :4], what, init_state(c, B, S))
-        outs.append(jaxllm.forward(c, p, TOKENS[:, 4:], state)[0])
+        _, _, state = call(c, p, TOKENS[:, :4], what, init_state(c, B, S))
+        outs.append(call(c, p, TOKENS[:, 4:], None, state)[0])
     assert np.abs(np.asarray(outs[0]) - outs[1]).max() > 1e-3
 
 
@@ -221,9 +257,8 @@ def test_probabilities_lie_on_visible_slots_only(name):
     """After five tokens of which row 1 has three real ones, in rings and full caches."""
     c, p = CONFIGS[name], random_model.params(CONFIGS[name])
     lengths = np.array([5, 3], np.int32)
-    _, state = jaxllm.forward(c, p, TOKENS[:, :5], init_state(c, B, S, chunk=5), n_new=lengths)
-    keep = Taps(keep=("layers.*.mixer.scores",))
-    _, kept, after = jaxllm.capture(c, p, TOKENS[:, 5:], keep, state)
+    _, _, state = call(c, p, TOKENS[:, :5], None, init_state(c, B, S, chunk=5), n_new=lengths)
+    _, kept, after = call(c, p, TOKENS[:, 5:], Taps(keep=("layers.*.mixer.scores",)), state)
     for i, b in enumerate(c.blocks):
         probabilities = np.asarray(kept[f"layers.{i}.mixer.scores"])
         held = np.asarray(after.layers[i].pos)  # [B, S]
@@ -243,7 +278,7 @@ def test_probabilities_lie_on_visible_slots_only(name):
 
 def test_a_sink_takes_probability_from_the_slots():
     c = config(block(attention(sinks=True)))
-    _, kept, _ = jaxllm.capture(c, random_model.params(c), TOKENS, Taps(keep=("*.scores",)))
+    _, kept, _ = call(c, random_model.params(c), TOKENS, Taps(keep=("**.scores",)))
     total = np.asarray(kept["layers.0.mixer.scores"]).sum(-1)
     assert np.all((total > 0) & (total < 1))
 
@@ -278,15 +313,15 @@ def test_gradients_with_respect_to_an_edit():
     """Steering: how the logits change with the size of a vector added to the stream."""
     direction = jnp.asarray(np.random.default_rng(0).standard_normal(32), jnp.float32)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
     def loss(size):
         steer = Taps(edit={"layers.0.out": lambda x: x + size * direction})
         logits, _, _ = jaxllm.capture(MODELS["attention"], params("attention"), TOKENS, steer)
         return jnp.square(logits).mean()
 
-    slope = jax.grad(loss)(0.3)
+    both = jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)
+    slope = float(both(0.3)[1])
     assert abs(slope) > 1e-3
-    assert (loss(0.31) - loss(0.29)) / 0.02 == pytest.approx(float(slope), rel=0.02)
+    assert (both(0.31)[0] - both(0.29)[0]) / 0.02 == pytest.approx(slope, rel=0.02)
 
 
 def test_kept_values_are_differentiable():

@@ -20,7 +20,7 @@ def _sizes(c: Fields, *, tied: bool) -> Sizes:
     # How the time step was initialised, and numerics and kernels that do not change the function.
     c.skip("time_step_min|time_step_max|time_step_floor|time_step_scale|time_step_init_scheme")
     c.skip("rescale_prenorm_residual|residual_in_fp32|use_mambapy|use_falcon_mambapy|use_associative_scan")
-    c.skip("pad_vocab_size_multiple|ssm_cfg|d_inner|n_layer|d_model|intermediate_size|chunk_size|norm_before_gate")
+    c.skip("pad_vocab_size_multiple|ssm_cfg|n_layer|d_model|intermediate_size|chunk_size|norm_before_gate")
     return sizes(c, act="silu", tied=tied, heads=1, kv_heads=1, hidden=1, max_len=UNBOUNDED)
 
 
@@ -36,7 +36,7 @@ def _usual(c: Fields) -> dict[str, Any]:
 def mamba(c: Fields, *, inner_eps: float | None = None) -> ModelConfig:
     s = _sizes(c, tied=True)
     rank = math.ceil(s.width / 16) if c.raw("time_step_rank", "auto") == "auto" else c.int("time_step_rank")
-    inner = int(c.number("expand", 2) * s.width)
+    inner = c.int("intermediate_size|d_inner", int(c.number("expand", 2) * s.width))
     mixer = Mamba(inner=inner, dt_rank=rank, inner_eps=inner_eps, **_usual(c))
     return decoder(c, s, Block(mixer, None, s.norm))
 

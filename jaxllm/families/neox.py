@@ -21,7 +21,7 @@ def falcon(c: Fields) -> ModelConfig:
     """Falcon 7B (one kv head), 40B and 11B (new decoder), and the RefinedWeb models (ALiBi, sequential)."""
     c.expect("apply_residual_connection_post_layernorm", False)
     c.skip("ff_factor")
-    new = c.flag("new_decoder_architecture", False)
+    new = c.flag("new_decoder_architecture", c.raw("n_head_kv") is not None)
     grouped = c.int("num_kv_heads|n_head_kv", c.int("num_attention_heads|n_head"))
     one = c.flag("multi_query", True) and not new
     kv_heads = 1 if one else grouped
@@ -68,6 +68,8 @@ PERSIMMON = (Rule(r"model\.embed_tokens", "embed"), *NEOX)
 FAMILIES = {
     "gpt_neox": Family(gpt_neox, NEOX),
     "falcon": Family(falcon, NEOX),
+    "RefinedWebModel": Family(falcon, NEOX),
+    "RefinedWeb": Family(falcon, NEOX),
     "bloom": Family(bloom, NEOX),
     "persimmon": Family(persimmon, PERSIMMON),
 }

@@ -198,7 +198,7 @@ SCHEMES = {
 
 
 def slopes(heads: int, *, exponent: float = 8.0, scale: float = 1.0) -> tuple[float, ...]:
-    """ALiBi slopes (arXiv 2108.12409), one per head; other numbers than powers of two interleave the next power."""
+    """ALiBi slopes (arXiv 2108.12409), one per head; other counts than powers of two interleave the next power."""
     n = 2 ** math.floor(math.log2(heads))
     first = [2 ** (-exponent * (i + 1) / n) for i in range(n)]
     rest = [2 ** (-exponent * (2 * i + 1) / (2 * n)) for i in range(heads - n)]

@@ -21,7 +21,8 @@ CASES = {
     "mixtral": Case("mixtral", common(**LOCAL)),
     "mixtral-window": Case("mixtral", common(**LOCAL, sliding_window=8, head_dim=32, tie_word_embeddings=True)),
     "olmoe": Case("olmoe", common(**OWN)),
-    "olmoe-clip": Case("olmoe", common(**OWN, clip_qkv=0.5, norm_topk_prob=True, attention_bias=True)),
+    # Every expert chosen: a choice that flips in bf16 would hide what clipping does.
+    "olmoe-clip": Case("olmoe", common(num_experts=4, num_experts_per_tok=4, clip_qkv=0.5, norm_topk_prob=True)),
     "qwen2_moe": Case("qwen2_moe", common(**SMALL, shared_expert_intermediate_size=80)),
     "qwen2_moe-window": Case(
         "qwen2_moe",

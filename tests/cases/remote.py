@@ -336,7 +336,7 @@ CASES = {
         common(
             head_dim=16,
             num_experts=4,
-            num_experts_per_tok=1,
+            num_experts_per_tok=2,
             norm_topk_prob=True,
             moe_intermediate_size=48,
             decoder_sparse_step=1,
