@@ -55,7 +55,9 @@ class Jaxllm:
     def __call__(self, ids: list[int]) -> tuple[float, float, list[int]]:
         from jaxllm import decode
 
-        out = decode.generate(self.model, ids, max_new_tokens=NEW, eos=())
+        out = decode.generate(
+            self.model, ids, max_new_tokens=NEW, eos=(), max_len=PROMPT + NEW, prefill_chunk_size=PROMPT
+        )
         return out.timings.prefill, out.timings.decode, list(out[0].tokens)
 
 
@@ -139,8 +141,9 @@ def main() -> None:
             print(f"\n{name}: prefill {PROMPT}, decode {NEW}, median of {args.rounds}")
             for row in found[name]:
                 print(
-                    f"  {row['engine']:28s} prefill {row['prefill_ms']:8.1f} ms ({row['prefill_tokens_per_s']:7.0f} "
-                    f"tokens/s)   decode {row['decode_tokens_per_s']:7.1f} tokens/s   "
+                    f"  {row['engine']:28s} prefill {row['prefill_ms']:8.1f} ms "
+                    f"({row['prefill_tokens_per_s']:7.0f} tokens/s)   "
+                    f"decode {row['decode_tokens_per_s']:7.1f} tokens/s   "
                     f"first {row['first_tokens_equal_to_jaxllm']} tokens as jaxllm",
                     flush=True,
                 )

@@ -54,6 +54,8 @@ class QueryScale:
 
 @dataclass(frozen=True)
 class Attention:
+    """Softmax attention of H heads over K cached key-value heads; what is None or False is left out."""
+
     heads: int
     kv_heads: int
     head_dim: int
@@ -102,7 +104,7 @@ class Mamba:
 
 @dataclass(frozen=True)
 class Mamba2:
-    """State space duality (Mamba-2): state [heads, head_dim, states] per row, B and C shared by groups of heads."""
+    """State space duality (Mamba-2): state [heads, head_dim, states] per row; groups of heads share B and C."""
 
     heads: int
     head_dim: int
@@ -125,7 +127,7 @@ class Mamba2:
 
 @dataclass(frozen=True)
 class DeltaNet:
-    """Gated delta rule (linear attention with a decay and a correcting write): state [v_heads, k_dim, v_dim] per row."""
+    """Gated delta rule (linear attention that decays and corrects itself): state [v_heads, k_dim, v_dim]."""
 
     k_heads: int
     v_heads: int
@@ -141,7 +143,7 @@ class DeltaNet:
 
 @dataclass(frozen=True)
 class ShortConv:
-    """A short convolution between two gates (LFM2): the only state is its last kernel - 1 inputs."""
+    """A short convolution between two gates: the only state is its last kernel - 1 inputs."""
 
     width: int
     kernel: int
@@ -150,6 +152,8 @@ class ShortConv:
 
 @dataclass(frozen=True)
 class MLP:
+    """Feed-forward of every token: two matrices, or three where gated."""
+
     hidden: int
     act: Activation
     gated: bool = True
@@ -195,6 +199,8 @@ class Block:
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """A whole decoder: embedding, blocks, final norm and head. Hashable, so that jit takes it as static."""
+
     vocab: int
     width: int
     blocks: tuple[Block, ...]

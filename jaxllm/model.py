@@ -24,6 +24,7 @@ from jaxllm.tokenizer import Tokenizer, load_tokenizer
 
 BUNDLED = pathlib.Path(__file__).parent / "bundled"
 DTYPES = ("float32", "bfloat16", "float16")
+CONFIG_FILES = ("config.json",)
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "*.jinja", "*.txt", "chat_templates/*")
 
 
@@ -120,7 +121,7 @@ def load_config(
     revision: str | None = None,
 ) -> ModelConfig:
     """Only the ModelConfig, without reading weights; dtype is what config.json says of the file."""
-    folder = find(path_or_hub_id, revision)
+    folder = find(path_or_hub_id, revision, files=CONFIG_FILES)
     values = read_config(folder)
     stored = str(values.get("dtype") or values.get("torch_dtype") or "float32").removeprefix("torch.")
     config = _config(folder, values, max_len, ignore)
@@ -144,8 +145,13 @@ def _place(x: np.ndarray, dtype: str | None) -> jax.Array:
     return jax.device_put(x).block_until_ready()
 
 
-def find(path_or_hub_id: str | os.PathLike | None, revision: str | None = None) -> pathlib.Path:
-    """The local folder of a checkpoint, downloading it where the name is a hub id.
+def find(
+    path_or_hub_id: str | os.PathLike | None,
+    revision: str | None = None,
+    *,
+    files: Iterable[str] = HUB_FILES,
+) -> pathlib.Path:
+    """The local folder of a checkpoint; where the name is a hub id, `files` (patterns) are downloaded first.
 
     Raises CheckpointError where there is nothing of that name, MissingExtraError without huggingface_hub."""
     if path_or_hub_id is None:
@@ -163,10 +169,10 @@ def find(path_or_hub_id: str | os.PathLike | None, revision: str | None = None) 
         raise CheckpointError(f"{path} is a file; give the folder that holds config.json and the weights")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_hub_id)):
         raise CheckpointError(f"there is no folder {path}, and it is not a hub id of the form organisation/name")
-    return _download(str(path_or_hub_id), revision)
+    return _download(str(path_or_hub_id), revision, files)
 
 
-def _download(name: str, revision: str | None) -> pathlib.Path:
+def _download(name: str, revision: str | None, files: Iterable[str]) -> pathlib.Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
@@ -175,7 +181,7 @@ def _download(name: str, revision: str | None) -> pathlib.Path:
             "pip install 'jaxllm[hub]'"
         ) from error
     try:
-        return pathlib.Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES)))
+        return pathlib.Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
     except Exception as error:  # which errors its network library raises depends on the version
         raise CheckpointError(
             f"there is no folder {name!r}, and the hub did not give it ({type(error).__name__}: {error}); "

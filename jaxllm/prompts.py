@@ -46,6 +46,7 @@ def _check_kind(prompt: Any) -> None:
 
 
 def is_item(first: Any) -> bool:
+    """Whether something begins a single prompt (a token id or a message), not a batch of prompts."""
     return isinstance(first, int | np.integer | Mapping) or (
         isinstance(first, np.ndarray | Array) and first.ndim == 0
     )
@@ -72,6 +73,7 @@ def _tokens(model: Model, prompt: Prompt, add_special: bool) -> list[int]:
 
 
 def bucket(length: int, config: ModelConfig) -> int:
+    """Slots for `length` tokens: a power of two where the model allows it, so that few programs serve all."""
     size = max(SMALLEST_STATE, 1 << (length - 1).bit_length())
     return max(min(size, config.max_len), length)
 
@@ -111,6 +113,7 @@ def new_state(
 
 
 def padded(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
+    """Rows as i32 [len(rows), width], zeros to the right of each."""
     out = np.zeros((len(rows), width), np.int32)
     for i, row in enumerate(rows):
         out[i, : len(row)] = row

@@ -120,7 +120,7 @@ def _unit(x: Array) -> Array:
 
 
 def short_conv(m: ShortConv, p: dict, x: Array, cache: Recurrent, step: Step, tap: Recorder):
-    """Gated short convolution (LFM2): x is gated, convolved and gated again."""
+    """Gated short convolution (arXiv 2511.23404): x is gated, convolved and gated again."""
     b, c, u = jnp.split(linear(p["in"], x), 3, -1)
     y, conv = causal_conv(p["conv"], b * u, cache.conv, step.pos >= 0)
     return linear(p["out"], (c * y).astype(x.dtype)), Recurrent(conv, cache.memory)

@@ -74,6 +74,7 @@ def _windows(length: int, limit: int, stride: int | None) -> list[tuple[int, int
 
 
 def score_rows(model: Model, rows: list[list[int]], top: int) -> list[Scored]:
+    """`score` of token ids that fit the context, with `top` alternatives at each position."""
     return _score_windows(model, rows, [(i, 0, len(r)) for i, r in enumerate(rows)], top, 8, PREFILL_CHUNK)
 
 

@@ -57,6 +57,8 @@ class Recurrent:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class State:
+    """What a model remembers of B rows: one cache a layer, and each row's length. A pytree of arrays."""
+
     layers: tuple[KV | Latent | Recurrent, ...]
     length: Array  # i32 [B]  tokens seen by each row, evicted ones included
     capacity: int | None = _static()  # tokens a row may hold; None: the oldest make room

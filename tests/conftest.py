@@ -18,7 +18,9 @@ def pytest_terminal_summary(terminalreporter):
         if name == "parity"
     ]
     if found:
-        terminalreporter.section("parity with transformers: max |difference| / max |logit|; bf16: error over theirs")
+        terminalreporter.section(
+            "parity with transformers: max |difference| / max |logit|; bf16: error over theirs"
+        )
         terminalreporter.write_line(HEAD)
         for name, errors in sorted(found):
             terminalreporter.write_line(row(name, errors))
@@ -26,7 +28,7 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(scope="session")
 def shared() -> pathlib.Path:
-    """The folder of reference checkpoints, tokenizers and outputs beside the repository; absent on most machines."""
+    """Reference checkpoints, tokenizers and outputs beside the repository; absent on most machines."""
     folder = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
     if not folder.is_dir():
         pytest.skip("the reference data folder ../shared/data is not on this machine")

@@ -89,9 +89,7 @@ def test_the_table_is_complete():
 
 def test_patterns():
     """A star stays between two dots, so the layers' "out" are not also those of mixer and feed-forward."""
-    _, kept = capture(
-        "attention", Taps(keep=("layers.*.out", "layers.1.mixer.[qk]", "emb??", "**.mid"))
-    )
+    _, kept = capture("attention", Taps(keep=("layers.*.out", "layers.1.mixer.[qk]", "emb??", "**.mid")))
     layers = {f"layers.{i}.{point}" for i in range(2) for point in ("out", "mid")}
     assert set(kept) == layers | {"layers.1.mixer.q", "layers.1.mixer.k", "embed"}
 

@@ -79,6 +79,7 @@ def decoding_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_model(args: argparse.Namespace) -> Model:
+    """The model the arguments name; errors as in `load`."""
     return load(args.model, dtype=args.dtype, max_len=getattr(args, "max_len", None))
 
 
@@ -99,6 +100,7 @@ def make_sampler(args: argparse.Namespace) -> tuple[Sampler, int | None]:
 
 
 def key_of(seed: int | None) -> Array | None:
+    """The random key of a seed, or None without one."""
     import jax
 
     return None if seed is None else jax.random.key(seed)
@@ -119,6 +121,7 @@ def prompt_text(argument: str) -> str:
 
 
 def stdin_text() -> str:
+    """All of the standard input. Raises JaxllmError where it is not UTF-8."""
     try:
         return sys.stdin.read()
     except UnicodeDecodeError as error:

@@ -11,7 +11,7 @@ from typing import Any
 from jaxllm import load_config
 from jaxllm.commands import common
 from jaxllm.config import MLA, MLP, Attention, Block, ModelConfig, MoE, Norm, Rope
-from jaxllm.model import DTYPES, find, read_config
+from jaxllm.model import CONFIG_FILES, DTYPES, find, read_config
 from jaxllm.plan import Plan, plan
 
 USAGE = "[MODEL] [options]"
@@ -33,7 +33,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    folder = find(args.model)
+    folder = find(args.model, files=CONFIG_FILES)
     config = load_config(folder, max_len=args.context)
     needs = plan(config, batch=args.batch, context=args.context, chunk=args.chunk, dtype=args.dtype)
     name, kind = args.model or folder.name, read_config(folder).get("model_type")

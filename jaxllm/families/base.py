@@ -112,6 +112,7 @@ def attention(s: Sizes, **changes: Any) -> Attention:
 
 
 def dense(s: Sizes, *, gated: bool = True, bias: bool = False) -> MLP:
+    """The usual feed-forward of these sizes."""
     return MLP(s.hidden, s.act, gated, bias)
 
 
