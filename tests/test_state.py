@@ -161,6 +161,18 @@ def test_rewind_of_each_row_to_its_own_length():
         np.testing.assert_allclose(got[row], want[kept:], atol=ATOL)
 
 
+@pytest.mark.parametrize("name", ["full", "window", "mla"])
+def test_rewind_leaves_nothing_of_a_tree(name):
+    """Two children share a position; back at their root, neither is seen by the token that comes instead."""
+    config, p, tokens = CONFIGS[name], params(name), random_model.tokens(3, 12)
+    tree = np.array([[1, 0, 0], [1, 1, 0], [1, 0, 1]], bool)
+    _, state = feed(name, tokens[:, :8], new(name))
+    _, grown = forward(config, p, tokens[:, 8:11], state, depth=np.array([0, 1, 1], np.int32), tree=tree)
+    got, _ = feed(name, tokens[:, 11:], rewind(grown, 9))
+    want, _ = feed(name, tokens[:, [8, 11]], state, 1)
+    np.testing.assert_allclose(got[:, 0], want[:, 1], atol=ATOL)
+
+
 def test_rewind_inside_jit():
     tokens = random_model.tokens(3, 10)
     _, state = feed("mla", tokens, new("mla"))
