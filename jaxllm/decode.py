@@ -379,7 +379,7 @@ def _prepare(
         raise JaxllmError(f"logprobs goes from 0 to {model.config.vocab}, got {top}")
     keys, seed = _keys(sampler, key, len(rows), n)
     chunk = min(chunk, model.config.max_len)
-    reused = _reuse(prefix, rows, new_tokens)
+    reused = _reuse(prefix, rows, new_tokens, overflow)
     if reused is None:
         state = new_state(model, rows, new_tokens, chunk, overflow=overflow, max_len=max_len, sinks=sinks)
         rest = rows
@@ -403,7 +403,7 @@ def _can_rewind(state: State) -> bool:
     return not any(isinstance(c, Recurrent) for c in state.layers)
 
 
-def _reuse(prefix: Prefix | None, rows: list[list[int]], new_tokens: int):
+def _reuse(prefix: Prefix | None, rows: list[list[int]], new_tokens: int, overflow: Overflow):
     """(state cut back to what the prompt shares with the prefix, the rest of the prompt), or None."""
     if prefix is None:
         return None
@@ -412,9 +412,16 @@ def _reuse(prefix: Prefix | None, rows: list[list[int]], new_tokens: int):
     row, state = rows[0], prefix.state
     shared = next((i for i, (a, b) in enumerate(zip(row, prefix.tokens, strict=False)) if a != b), None)
     shared = min(len(prefix.tokens) if shared is None else shared, len(row) - 1)
-    fits = state.capacity is None or len(row) + new_tokens - 1 <= state.capacity
+    evicting = state.capacity is None
+    fits = evicting or len(row) + new_tokens - 1 <= state.capacity
     back = len(prefix.tokens) - shared
-    if not fits or shared <= 0 or (back and not _can_rewind(state)) or (state.capacity is None and back):
+    if (
+        not fits
+        or evicting != (overflow == "evict-oldest")
+        or shared <= 0
+        or (back and not _can_rewind(state))
+        or (evicting and back)
+    ):
         return None
     try:
         state = rewind(state, shared) if back else state

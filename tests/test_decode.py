@@ -204,6 +204,14 @@ def test_the_context_is_never_passed_in_silence(model):
         decode.generate(model, "x", max_new_tokens=2, overflow="wrap")
 
 
+def test_a_prefix_that_evicts_is_not_used_where_nothing_may_be_lost(model):
+    first = decode.generate(model, "x = 1", max_new_tokens=90, eos=(), max_len=64, overflow="evict-oldest")
+    ids = [*first[0].prompt_tokens, *first[0].tokens]
+    want = decode.generate(model, ids, max_new_tokens=6, eos=())[0]
+    got = decode.generate(model, ids, max_new_tokens=6, eos=(), prefix=first.prefix)[0]
+    np.testing.assert_allclose(got.logprobs, want.logprobs, atol=1e-4)
+
+
 def test_eviction_is_exact_while_everything_fits(model, batch):
     got = decode.generate(model, PROMPTS, max_new_tokens=12, eos=(), overflow="evict-oldest", sinks=2)
     assert [c.tokens for c in got] == [c.tokens for c in batch]
