@@ -1,10 +1,22 @@
 """What every test may ask for."""
 
+import os
 import pathlib
 
 import pytest
 
 from tests.parity import HEAD, row
+
+os.environ.setdefault("JAXLLM_CACHE", "off")  # tests neither read nor leave compiled programs in the user's cache
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """Compiled programs map memory, and a process may map only so much (65530 places on Linux)."""
+    yield
+    import jax
+
+    jax.clear_caches()
 
 
 def pytest_terminal_summary(terminalreporter):
