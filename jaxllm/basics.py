@@ -31,8 +31,7 @@ def norm(n: Norm, p: dict, x: Array) -> Array:
 def turn(rope: Rope, pos: Array) -> tuple[Array, Array]:
     """Cosines and sines f32 [B, T, 1, n] of a rotary embedding at positions i32 [B, T], amplitude included."""
     angle = pos[:, :, None, None].astype(F32) * jnp.asarray(rope.inv_freq, F32)
-    # Behind the barrier they are computed once, not again in every layer and head that uses them.
-    return lax.optimization_barrier((jnp.cos(angle) * rope.amplitude, jnp.sin(angle) * rope.amplitude))
+    return ops.once(jnp.cos(angle) * rope.amplitude), ops.once(jnp.sin(angle) * rope.amplitude)
 
 
 def rotate(x: Array, turned: tuple[Array, Array] | None) -> Array:
@@ -53,6 +52,13 @@ def activate(act: str, gate: Array, up: Array | None = None) -> Array:
         return gate * jax.nn.sigmoid(1.702 * gate) * up
     y = _ACTIVATION[act](gate)
     return y if up is None else y * up
+
+
+def gated(act: str, p: dict, x: Array) -> Array:
+    """`activate` of x's products with p["gate"] and p["up"]: [..., D] -> [..., F], in x's dtype."""
+    if "b" in p["gate"] or "b" in p["up"]:
+        return activate(act, *(linear(p[name], x, out=F32) for name in ("gate", "up"))).astype(x.dtype)
+    return ops.gated(x, p["gate"]["w"], p["up"]["w"], act, activate)
 
 
 _ACTIVATION = {

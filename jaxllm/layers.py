@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from jaxllm import ops
-from jaxllm.basics import F32, activate, linear, norm, rotate, turn
+from jaxllm.basics import F32, activate, gated, linear, norm, rotate, turn
 from jaxllm.config import (
     MLA,
     MLP,
@@ -58,7 +58,9 @@ def attention(m: Attention, p: dict, x: Array, cache: KV, step: Step, tap: Recor
     y = tap("mixer.heads", y.reshape(B, T, H, h)).reshape(B, T, H * h).astype(x.dtype)
     if m.gate:
         y = y * jax.nn.sigmoid(linear(p["gate"], x))
-    return linear(p["o"], y), cache
+    if m.out_norm:
+        y = norm(m.out_norm, p["out_norm"], y)
+    return linear(p["o"], tap("mixer.joined", y)), cache
 
 
 def _place(m: Attention, p: dict, q: Array, k: Array, step: Step):
@@ -127,9 +129,10 @@ def latent_attention(m: MLA, p: dict, x: Array, cache: Latent, step: Step, tap: 
 
 def mlp(m: MLP, p: dict, x: Array, tap: Recorder) -> Array:
     """Two matrices, or three where gated (arXiv 2002.05202); [..., D] -> [..., D]."""
-    up = linear(p["up"], x, out=F32)
-    hidden = activate(m.act, linear(p["gate"], x, out=F32), up) if m.gated else activate(m.act, up)
-    return linear(p["down"], tap("ffn.hidden", hidden.astype(x.dtype)))
+    hidden = gated(m.act, p, x) if m.gated else activate(m.act, linear(p["up"], x, out=F32)).astype(x.dtype)
+    if m.norm:
+        hidden = norm(m.norm, p["norm"], hidden)
+    return linear(p["down"], tap("ffn.hidden", hidden))
 
 
 def moe(m: MoE, p: dict, x: Array, tap: Recorder) -> Array:
@@ -139,14 +142,14 @@ def moe(m: MoE, p: dict, x: Array, tap: Recorder) -> Array:
     expert, weight = route(m, p["router"], rows)
     expert = tap("ffn.experts", expert.reshape(B, T, -1)).reshape(B * T, -1)
     weight = tap("ffn.weights", weight.reshape(B, T, -1)).reshape(B * T, -1)
-    y = routed(m, p, rows, expert, weight).reshape(B, T, D)
+    y = routed(m, p, rows, expert, weight, tap).reshape(B, T, D)
     if m.shared:
         shared = mlp(MLP(m.shared, m.act), p["shared"], x, tap)
         y = y + (shared * jax.nn.sigmoid(linear(p["shared_gate"], x)) if m.shared_gate else shared)
     return y
 
 
-def routed(m: MoE, p: dict, x: Array, expert: Array, weight: Array) -> Array:
+def routed(m: MoE, p: dict, x: Array, expert: Array, weight: Array, tap: Recorder | None = None) -> Array:
     """sum_i weight[n, i] * expert[n, i](x[n]) for x [N, D], expert i32 [N, k], weight f32 [N, k] -> [N, D]."""
     order = jnp.argsort(expert.reshape(-1), stable=True)  # rows of one expert lie together
     owner, token = expert.reshape(-1)[order], order // m.top_k
@@ -160,6 +163,9 @@ def routed(m: MoE, p: dict, x: Array, expert: Array, weight: Array) -> Array:
         return y + p[name]["b"].astype(F32)[owner] if m.bias else y
 
     hidden = activate(m.act, each("gate", rows), each("up", rows)).astype(x.dtype)
+    if tap and tap.wants("ffn.routed"):
+        by_token = hidden[jnp.argsort(order)].reshape(*expert.shape, -1)
+        hidden = tap("ffn.routed", by_token).reshape(hidden.shape)[order]
     y = each("down", hidden)
     y = y if m.weigh == "input" else y * scale
     return jnp.zeros(x.shape, F32).at[token].add(y).astype(x.dtype)

@@ -1,16 +1,28 @@
 """The front door to everything a kernel may replace. The code here is the definition.
 
-A weight is an array [out, in] (later also a packed leaf). What differs between platforms is chosen when
-the program is lowered (`lax.platform_dependent`), so that exporting for another platform keeps its form.
+A weight is an array [out, in] or a packed leaf (`QTensor`). What differs between platforms is chosen when
+the program is lowered (`lax.platform_dependent`), so that exporting for another platform keeps its form. On CPU
+the kernels of `jaxllm.native` are taken where they are built; within `portable()` none is.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxllm import native
+from jaxllm.quant import QTensor, adapted, dequantize, products
+from jaxllm.quant.cache import CacheCodes, expanded, quantized
+
 Array = jax.Array
+
+_PORTABLE = jax.make_user_context(False)  # part of the key of every jitted program
 
 _LAST = (((1,), (1,)), ((), ()))  # contract the last axis of both operands
 _PER_HEAD = ((0, 1), (0, 1))  # batch and kv heads lead
@@ -21,14 +33,85 @@ MOST_BLOCKS = 8  # they are unrolled
 BLOCK_ROWS = 32  # rows of one expert multiplied at a time (CPU)
 
 
-def matmul(x: Array, w: Array, *, out: jnp.dtype | None = None) -> Array:
+def portable() -> AbstractContextManager[None]:
+    """Within it, programs are traced without native kernels: for export to machines that do not have them."""
+    return _PORTABLE(True)
+
+
+def explain(x: Array, w: Array | QTensor) -> str:
+    """Which code `matmul` of x [..., in] by w [out, in] becomes on CPU, and why no other. Shapes and dtypes do."""
+    reason = _refused(native.refuses_matmul(x, w) if not isinstance(w, QTensor) else f"it has no {w.format.name}")
+    return f"XLA's dot; the native kernel is not taken: {reason}" if reason else f"native kernel, {native.level()}"
+
+
+def _refused(reason: str | None) -> str | None:
+    return "ops.portable() is on" if _PORTABLE.value else reason
+
+
+def matmul(x: Array, w: Array | QTensor, *, out: jnp.dtype | None = None) -> Array:
     """x [..., in] times w [out, in] transposed -> [..., out], accumulated in f32, in `out` or x's dtype."""
+    rows, out = x.reshape(-1, x.shape[-1]), jnp.dtype(out or x.dtype)
+    if isinstance(w, adapted.LoRA):
+        return (matmul(x, w.w, out=jnp.float32) + adapted.added(x, w)).astype(out)
+    if isinstance(w, QTensor):
+        return products.matmul(rows, w).astype(out).reshape(*x.shape[:-1], w.shape[0])
+    taken = _refused(native.refuses_matmul(rows, w)) is None
+    y = _product(rows, w, out) if taken else _xla_product(rows, w, out)
+    return y.reshape(*x.shape[:-1], w.shape[0])
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _product(x: Array, w: Array, out: jnp.dtype) -> Array:
+    kernel, xla = functools.partial(native.matmul, out=out), functools.partial(_xla_product, out=out)
+    return lax.platform_dependent(x, w, cpu=kernel, default=xla)
+
+
+@functools.partial(_product.defjvp, symbolic_zeros=True)
+def _product_jvp(out, primals, tangents):
+    (x, w), (dx, dw) = primals, tangents
+    parts = [(dx, w)] if not _is_zero(dx) else []
+    parts += [(x, dw)] if not _is_zero(dw) else []
+    return _product(x, w, out), sum(_xla_product(a, b, out) for a, b in parts)
+
+
+def _is_zero(tangent) -> bool:
+    return isinstance(tangent, jax.custom_derivatives.SymbolicZero)
+
+
+def _xla_product(x: Array, w: Array, out: jnp.dtype) -> Array:
     dtype = jnp.promote_types(x.dtype, w.dtype)
-    rows = x.reshape(-1, x.shape[-1]).astype(dtype)
-    w = w.astype(dtype)
+    x, w = x.astype(dtype), w.astype(dtype)
     exact = dtype == jnp.float32
-    y = _dot(rows, w) if exact else lax.platform_dependent(rows, w, cpu=_dot_padded, default=_dot)
-    return y.astype(out or x.dtype).reshape(*x.shape[:-1], w.shape[0])
+    y = _dot(x, w) if exact else lax.platform_dependent(x, w, cpu=_dot_padded, default=_dot)
+    return y.astype(out)
+
+
+def gated(x: Array, gate: Array, up: Array, act: str, activate: Callable) -> Array:
+    """activate(act, x gate, x up) in x's dtype: x [..., in], gate and up [out, in] -> [..., out].
+
+    `activate(act, a, b)` of two f32 arrays is the definition; `act` names it to a kernel that does all at once.
+    """
+    plain = isinstance(gate, jax.Array) and isinstance(up, jax.Array)
+    if not plain or _refused(native.refuses_gated(x, gate, up, act)):
+        return _gated_apart(x, gate, up, act, activate)
+    y = _gated(x.reshape(-1, x.shape[-1]), gate, up, act, activate)
+    return y.reshape(*x.shape[:-1], gate.shape[0])
+
+
+def _gated_apart(x: Array, gate: Array, up: Array, act: str, activate: Callable) -> Array:
+    return activate(act, matmul(x, gate, out=jnp.float32), matmul(x, up, out=jnp.float32)).astype(x.dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def _gated(x: Array, gate: Array, up: Array, act: str, activate: Callable) -> Array:
+    kernel = functools.partial(native.gated, act=act)
+    apart = functools.partial(_gated_apart, act=act, activate=activate)
+    return lax.platform_dependent(x, gate, up, cpu=kernel, default=apart)
+
+
+@_gated.defjvp
+def _gated_jvp(act, activate, primals, tangents):
+    return jax.jvp(functools.partial(_gated_apart, act=act, activate=activate), primals, tangents)
 
 
 def _dot(x: Array, w: Array) -> Array:
@@ -41,22 +124,30 @@ def _dot_padded(x: Array, w: Array) -> Array:
     return _dot(jnp.pad(x, ((0, short), (0, 0))), w)[: x.shape[0]]
 
 
-def per_head(x: Array, w: Array) -> Array:
+def per_head(x: Array, w: Array | QTensor) -> Array:
     """x [B, T, H, in] times each head's w [H, out, in] -> [B, T, H, out] in x's dtype."""
+    w = dequantize(w, x.dtype) if isinstance(w, QTensor) else w
     y = jnp.einsum("bthi,hoi->btho", x, w.astype(x.dtype), preferred_element_type=jnp.float32)
     return y.astype(x.dtype)
 
 
-def embed(w: Array, tokens: Array) -> Array:
+def embed(w: Array | QTensor, tokens: Array) -> Array:
     """Rows of w [V, D] for tokens i32 [...] -> [..., D]; an id beyond the vocabulary gives NaN, no wrong row."""
-    return w.at[tokens].get(mode="fill", fill_value=jnp.nan)
+    if isinstance(w, adapted.LoRA):
+        x = embed(w.w, tokens)
+        return (x + adapted.added_rows(tokens, w)).astype(x.dtype)
+    if isinstance(w, QTensor):
+        return products.embed(w, tokens)
+    return w.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
-def grouped_matmul(x: Array, w: Array, expert: Array) -> Array:
+def grouped_matmul(x: Array, w: Array | QTensor, expert: Array) -> Array:
     """Row i of x [R, in] times w[expert[i]] (w [E, out, in]) -> f32 [R, out]. `expert` i32 [R] never decreases.
 
     The work grows with R, not with E. Differentiable in x and w to any order.
     """
+    if isinstance(w, QTensor):
+        return products.grouped_matmul(x, w, expert, few=FEW_ROWS, size=BLOCK_ROWS)
     return _grouped(x, w.astype(x.dtype), expert)
 
 
@@ -106,9 +197,36 @@ def _grouped_blocks(x: Array, w: Array, expert: Array) -> Array:
     return lax.fori_loop(0, ends[-1] // M, one, y)[place]
 
 
-def put(cache: Array, x: Array, slot: Array) -> Array:
+def once(x: Array) -> Array:
+    """x, which has no gradient, worked out once however many layers use it.
+
+    XLA for CPU removes its barriers before it joins operations, and then repeats costly ones in every user.
+    """
+    x = lax.optimization_barrier(x)
+    return x if _refused(native.unavailable()) else lax.platform_dependent(x, cpu=native.keep, default=lambda x: x)
+
+
+def put(cache: Array | CacheCodes, x: Array, slot: Array) -> Array | CacheCodes:
     """`cache` [B, K, S, h] with x [B, T, K, h] written at slots i32 [B, T]; slots of S or more are dropped."""
+    if isinstance(cache, CacheCodes):
+        x = quantized(x, cache)
+        return replace(cache, codes=put(cache.codes, x.codes, slot), scale=put(cache.scale, x.scale, slot))
     x = x.astype(cache.dtype)
+    return (_xla_put if _refused(native.refuses_put(cache)) else _put)(cache, x, slot)
+
+
+@jax.custom_jvp
+def _put(cache: Array, x: Array, slot: Array) -> Array:
+    return lax.platform_dependent(cache, x, slot, cpu=native.put, default=_scatter)
+
+
+@_put.defjvp
+def _put_jvp(primals, tangents):
+    # Linear in both; a scatter would be, too, but reverse mode has no transpose of one whose slots may repeat.
+    return _put(*primals), _select(*tangents[:2], primals[2])
+
+
+def _xla_put(cache: Array, x: Array, slot: Array) -> Array:
     if cache.dtype == jnp.float32:
         return _scatter(cache, x, slot)
     return lax.platform_dependent(cache, x, slot, cpu=_select, default=_scatter)
@@ -154,13 +272,15 @@ def attention_scores(
     return jnp.where(mask[:, None, :, None], scores, jnp.finfo(jnp.float32).min)
 
 
-def attention_weights(q: Array, k: Array, mask: Array, *, sinks: Array | None = None, **scoring) -> Array:
+def attention_weights(
+    q: Array, k: Array | CacheCodes, mask: Array, *, sinks: Array | None = None, **scoring
+) -> Array:
     """Probabilities f32 [B, K, T, G, S]; arguments as in `attention_scores`.
 
     sinks f32 [K, G]: logits that take probability and belong to no slot. A row that sees nothing gets equal
     weights, never NaN.
     """
-    powers, total = _exponentials(attention_scores(q, k, mask, **scoring), sinks)
+    powers, total = _exponentials(attention_scores(q, expanded(k), mask, **scoring), sinks)
     return powers / total
 
 
@@ -176,19 +296,45 @@ def _exponentials(scores: Array, sinks: Array | None) -> tuple[Array, Array]:
     return powers, powers.sum(-1, keepdims=True) + jnp.exp(sink - highest)
 
 
-def weighted_sum(weights: Array, v: Array) -> Array:
+def weighted_sum(weights: Array, v: Array | CacheCodes) -> Array:
     """weights f32 [B, K, T, G, S] over v [B, K, S, h] -> f32 [B, K, T, G, h]."""
-    B, K, T, G, S = weights.shape
+    v, (B, K, T, G, S) = expanded(v), weights.shape
     rows = weights.reshape(B, K, T * G, S).astype(v.dtype)
     y = lax.dot_general(rows, v, (((3,), (2,)), _PER_HEAD), preferred_element_type=jnp.float32)
     return y.reshape(B, K, T, G, -1)
 
 
-def attend(q: Array, k: Array, v: Array, mask: Array, *, sinks: Array | None = None, **scoring) -> Array:
+def attend(
+    q: Array, k: Array | CacheCodes, v: Array | CacheCodes, mask: Array, *, sinks: Array | None = None, **scoring
+) -> Array:
     """Softmax attention of q [B, T, K, G, h] over k, v [B, K, S, h] -> [B, T, K, G, h] in q's dtype.
 
-    The other arguments as in `attention_weights`. Queries go in blocks, so that scores stay small.
+    The other arguments as in `attention_weights`.
     """
+    scoring |= dict(sinks=sinks)
+    k, v = expanded(k), expanded(v)
+    if _refused(native.refuses_attend(q, k, v, scoring.get("bias"))):
+        return _xla_attend(q, k, v, mask, **scoring)
+    return _attend(q, k, v, mask, sinks, scoring["scale"], scoring.get("softcap"))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(5, 6))
+def _attend(q: Array, k: Array, v: Array, mask: Array, sinks: Array | None, scale, softcap) -> Array:
+    kernel = functools.partial(native.attend, scale=scale, softcap=softcap)
+    xla = lambda q, k, v, mask, sinks: _xla_attend(q, k, v, mask, sinks=sinks, scale=scale, softcap=softcap)
+    return lax.platform_dependent(q, k, v, mask, sinks, cpu=kernel, default=xla)
+
+
+@_attend.defjvp
+def _attend_jvp(scale, softcap, primals, tangents):
+    (q, k, v, mask, sinks), (dq, dk, dv, _, dsinks) = primals, tangents
+    xla = lambda q, k, v, sinks: _xla_attend(q, k, v, mask, sinks=sinks, scale=scale, softcap=softcap)
+    tangent = jax.jvp(xla, (q, k, v, sinks), (dq, dk, dv, dsinks))[1]
+    return _attend(q, k, v, mask, sinks, scale, softcap), tangent
+
+
+def _xla_attend(q: Array, k: Array, v: Array, mask: Array, *, sinks: Array | None, **scoring) -> Array:
+    """Queries go in blocks, so that scores stay small."""
     B, T, K, G, _ = q.shape
     blocks = min(MOST_BLOCKS, -(-B * T * K * G * k.shape[2] // BLOCK_SCORES))
     size = -(-T // blocks)

@@ -17,6 +17,8 @@ import numpy as np
 from jaxllm import ops
 from jaxllm.config import MLA, Attention, DeltaNet, Mamba, Mamba2, Mixer, ModelConfig, Rope, ShortConv
 from jaxllm.errors import CheckpointError, ContextError
+from jaxllm.quant import cache as packed
+from jaxllm.quant.cache import CacheCodes
 
 Array = jax.Array
 EMPTY, EVICTED = -1, -2
@@ -31,8 +33,8 @@ def _static():
 class KV:
     """Keys and values of one attention layer."""
 
-    k: Array  # [B, K, S, h]: heads first, which halves the time of decoding attention on CPU
-    v: Array  # [B, K, S, h]
+    k: Array | CacheCodes  # [B, K, S, h]: heads first, which halves the time of decoding attention on CPU
+    v: Array | CacheCodes  # [B, K, S, h]
     pos: Array  # i32 [B, S]  position held by each slot; EMPTY or EVICTED where none
 
 
@@ -41,7 +43,7 @@ class KV:
 class Latent:
     """The shared latent and rotary key of one MLA layer."""
 
-    c: Array  # [B, 1, S, r + rope dims]
+    c: Array | CacheCodes  # [B, 1, S, r + rope dims]
     pos: Array  # i32 [B, S]
 
 
@@ -76,13 +78,15 @@ def init_state(
     window: int | None = None,
     sinks: int = 0,
     dtype: str | None = None,
+    kv_format: str | None = None,
 ) -> State:
     """An empty state for `batch` rows of up to `max_len` tokens.
 
     chunk: the most tokens one forward will append (default max_len); sliding-window layers keep a ring of
     window + chunk slots. window: keep only the last `window` tokens in every attention layer, and the first
     `sinks` of all (StreamingLLM, arXiv 2309.17453); length is then unlimited and positions go on counting.
-    dtype: of the cache, config.dtype if not given.
+    dtype: of the cache, config.dtype if not given. kv_format: "int8", "fp8" or "int4" keeps keys, values and
+    latents in so many bits, with scales for each head and position; attention sees them in dtype.
 
     Raises ContextError where max_len exceeds what the model was made for, or an option cannot hold.
     """
@@ -92,7 +96,7 @@ def init_state(
     dtype = jnp.dtype(dtype or config.dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ContextError(f"a cache holds floating-point numbers, got dtype {dtype}")
-    make = [_layer(b.mixer, batch, max_len, chunk, window, sinks, dtype) for b in config.blocks]
+    make = [_layer(b.mixer, batch, max_len, chunk, window, sinks, dtype, kv_format) for b in config.blocks]
     length = jnp.zeros(batch, jnp.int32)
     return State(tuple(make), length, None if window else max_len, chunk, window, sinks)
 
@@ -124,7 +128,7 @@ def _check_window(config, window, sinks) -> None:
         raise ContextError(f"sinks must be fewer than the window ({window}) and not negative, got {sinks}")
 
 
-def _layer(m: Mixer, batch, max_len, chunk, window, sinks, dtype) -> KV | Latent | Recurrent:
+def _layer(m: Mixer, batch, max_len, chunk, window, sinks, dtype, kv_format) -> KV | Latent | Recurrent:
     if not isinstance(m, Attention | MLA):
         channels, kernel, memory = recurrent_shape(m)
         conv = jnp.zeros((batch, kernel - 1, channels), dtype)
@@ -133,10 +137,21 @@ def _layer(m: Mixer, batch, max_len, chunk, window, sinks, dtype) -> KV | Latent
     # With an eviction window the length has no bound, so every layer is a ring.
     slots = sinks + min([w + chunk for w in spans] + ([] if window else [max_len]))
     pos = jnp.full((batch, slots), EMPTY, jnp.int32)
-    if isinstance(m, MLA):
-        return Latent(jnp.zeros((batch, 1, slots, m.kv_rank + m.rope.dims), dtype), pos)
+    if isinstance(m, MLA):  # the latent and the rotary key, of other magnitudes, share no scale
+        line = (batch, 1, slots, m.kv_rank + m.rope.dims)
+        return Latent(_line(line, dtype, kv_format, parts=math.gcd(m.kv_rank, m.rope.dims)), pos)
     shape = (batch, m.kv_heads, slots, m.head_dim)
-    return KV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), pos)
+    return KV(_line(shape, dtype, kv_format), _line(shape, dtype, kv_format), pos)
+
+
+def _line(shape: tuple[int, ...], dtype, kv_format: str | None, **groups) -> Array | CacheCodes:
+    return jnp.zeros(shape, dtype) if kv_format is None else packed.empty(kv_format, shape, dtype, **groups)
+
+
+def kv_format(state: State) -> str | None:
+    """The kv_format that a state was made with; None for plain arrays, or where no layer has keys or latents."""
+    lines = [c.k if isinstance(c, KV) else c.c for c in state.layers if not isinstance(c, Recurrent)]
+    return lines[0].format if lines and isinstance(lines[0], CacheCodes) else None
 
 
 def recurrent_shape(m: Mixer) -> tuple[int, int, tuple[int, ...]]:

@@ -1,0 +1,86 @@
+// Sharing work with XLA's own threads.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <thread>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace jaxllm {
+
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+// One job in pieces. Whoever is free takes the next piece; the caller waits only for pieces that somebody is at
+// work on, so a pool whose threads are all busy (or all callers themselves) delays nobody.
+class Job {
+ public:
+  explicit Job(int64_t pieces) : pieces_(pieces) {}
+
+  template <typename F>
+  void work(const F& piece) {
+    int64_t finished = 0;
+    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < pieces_; ++finished) piece(i);
+    if (finished == 0 || done_.fetch_add(finished, std::memory_order_acq_rel) + finished < pieces_) return;
+    std::lock_guard<std::mutex> lock(mutex_);
+    all_done_.notify_one();
+  }
+
+  void wait() {
+    for (int spin = 0; spin < kSpins; ++spin) {
+      if (finished()) return;
+      pause();
+    }
+    std::unique_lock<std::mutex> lock(mutex_);
+    all_done_.wait(lock, [this] { return finished(); });
+  }
+
+ private:
+  static constexpr int kSpins = 2000;  // some 30 microseconds: less than a sleep and a wake cost
+
+  bool finished() const { return done_.load(std::memory_order_acquire) == pieces_; }
+
+  const int64_t pieces_;
+  std::atomic<int64_t> next_{0}, done_{0};
+  std::mutex mutex_;
+  std::condition_variable all_done_;
+};
+
+// The threads a kernel may use: the caller and XLA's pool.
+class Team {
+ public:
+  Team(xla::ffi::ThreadPool pool, int64_t most) : pool_(pool), size_(pool.num_threads()) {
+    if (most > 0 && most < size_) size_ = most;
+    if (size_ < 1) size_ = 1;
+  }
+
+  int64_t size() const { return size_; }
+
+  // piece(i) for every i < pieces, in any order and on any of the threads; returns when all are done.
+  template <typename F>
+  void run(int64_t pieces, const F& piece) {
+    const int64_t helpers = (pieces < size_ ? pieces : size_) - 1;
+    if (helpers < 1) {
+      for (int64_t i = 0; i < pieces; ++i) piece(i);
+      return;
+    }
+    auto job = std::make_shared<Job>(pieces);
+    // A helper that starts late finds no piece left and never touches `piece`, which may be gone by then.
+    for (int64_t i = 0; i < helpers; ++i) pool_.Schedule([job, &piece] { job->work(piece); });
+    job->work(piece);
+    job->wait();
+  }
+
+ private:
+  xla::ffi::ThreadPool pool_;
+  int64_t size_;
+};
+
+}  // namespace jaxllm

@@ -1,0 +1,67 @@
+// AMX: tile registers, and the 16x16 transposition that goes with them. Written as assembly because GCC 12's
+// intrinsics say too little about the memory they read (it drops the stores of the configuration).
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace jaxllm::amx {
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1;
+  uint8_t start_row = 0;
+  uint8_t reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// Registers 0 to 3 are sums [16, width] f32, 4 and 5 left operands [16, 32], 6 and 7 right operands [16, width, 2].
+class Tiles {
+ public:
+  explicit Tiles(int64_t width) {
+    TileConfig config;
+    for (int i = 0; i < 8; ++i) {
+      config.rows[i] = 16;
+      config.row_bytes[i] = (i == 4 || i == 5) ? 64 : static_cast<uint16_t>(4 * width);
+    }
+    asm volatile("ldtilecfg %0" ::"m"(config));
+  }
+  Tiles(const Tiles&) = delete;
+  ~Tiles() { asm volatile("tilerelease"); }
+};
+
+#define TILE_ZERO(t) asm volatile("tilezero %%tmm" #t :::)
+#define TILE_LOAD(t, from, row_bytes) \
+  asm volatile("tileloadd (%0,%1,1), %%tmm" #t ::"r"(from), "r"(static_cast<int64_t>(row_bytes)) : "memory")
+#define TILE_STORE(t, to, row_bytes) \
+  asm volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"(to), "r"(static_cast<int64_t>(row_bytes)) : "memory")
+// sum [16, width] += left [16, 32] times right [32, width], both bf16
+#define TILE_DOT(sum, left, right) asm volatile("tdpbf16ps %%tmm" #right ", %%tmm" #left ", %%tmm" #sum :::)
+
+// r[i] lane j becomes r[j] lane i.
+static inline void transpose16(__m512i r[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 8; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+  }
+}
+
+}  // namespace jaxllm::amx
