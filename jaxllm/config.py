@@ -71,6 +71,7 @@ class Attention:
     alibi: tuple[float, ...] | None = None  # slope per head, H values
     sinks: bool = False  # a learned logit per head that takes probability and gives nothing
     gate: bool = False  # the heads' output is multiplied by sigmoid(a projection of x)
+    out_norm: Norm | None = None  # of the heads' output [H * h], before it is projected
     query_scale: QueryScale | None = None
 
 
@@ -158,6 +159,7 @@ class MLP:
     act: Activation
     gated: bool = True
     bias: bool = False
+    norm: Norm | None = None  # of the hidden activations, before the last matrix
 
 
 @dataclass(frozen=True)
@@ -275,6 +277,8 @@ def _attention(m: Attention, D: int) -> Shapes:
     yield from _linear("o", D, m.heads * h, m.out_bias)
     if m.gate:
         yield from _linear("gate", m.heads * h, D, m.qkv_bias)
+    if m.out_norm:
+        yield from _norm("out_norm", m.out_norm, m.heads * h).items()
     if m.sinks:
         yield "sinks", (m.heads,)
     if m.qk_norm:
@@ -338,6 +342,8 @@ def _mlp(m: MLP, D: int) -> Shapes:
         yield from _linear("gate", m.hidden, D, m.bias)
     yield from _linear("up", m.hidden, D, m.bias)
     yield from _linear("down", D, m.hidden, m.bias)
+    if m.norm:
+        yield from _norm("norm", m.norm, m.hidden).items()
 
 
 def _moe(m: MoE, D: int) -> Shapes:

@@ -25,5 +25,9 @@ class SamplerError(JaxllmError):
     """A sampling parameter out of its range or of the wrong shape."""
 
 
+class Notice(UserWarning):
+    """Something the caller may want to know, though it is no error: how many tensors were expanded, say."""
+
+
 class MissingExtraError(JaxllmError, ImportError):
     """An optional dependency is not installed; the message names the extra that brings it."""

@@ -14,18 +14,24 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxllm.checkpoint.canonical import assemble, flatten
-from jaxllm.checkpoint.safetensors import read_folder
-from jaxllm.config import ModelConfig
+from jaxllm import quant
+from jaxllm.checkpoint import native, orbax
+from jaxllm.checkpoint.canonical import Values, assemble, flatten
+from jaxllm.checkpoint.source import Source, open_source
+from jaxllm.config import ModelConfig, params_shape
 from jaxllm.errors import CheckpointError, ConfigError, MissingExtraError
-from jaxllm.families import family, model_config
+from jaxllm.families import model_config
 from jaxllm.progress import progress
+from jaxllm.quant import Format, QTensor
 from jaxllm.tokenizer import Tokenizer, load_tokenizer
+from jaxllm.tokenizer_gguf import from_metadata
+from jaxllm.tokenizer_llama2c import load_beside
 
 BUNDLED = pathlib.Path(__file__).parent / "bundled"
 DTYPES = ("float32", "bfloat16", "float16")
-CONFIG_FILES = ("config.json",)
+CONFIG_FILES = ("config.json", "mlc-chat-config.json", "*-cache.json")
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "*.jinja", "*.txt", "chat_templates/*")
+HUB_FILES += ("params_shard_*.bin",)  # of MLC-LLM; other .bin files are pickles
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,8 @@ class Model:
     eos_ids: frozenset[int] = frozenset()  # any of them ends a generation
     defaults: Mapping[str, Any] = field(default_factory=dict)  # sampling values of generation_config.json
     name: str = ""
+    values: Mapping[str, Any] = field(default_factory=dict)  # the config it was made from, as config.json has it
+    folder: pathlib.Path | None = None  # where its tokenizer's files lie
 
     @property
     def size(self) -> int:
@@ -78,9 +86,13 @@ def load(
     ignore: Iterable[str] = (),
     revision: str | None = None,
 ) -> Model:
-    """Load a Hugging Face checkpoint: a folder, a hub id ("org/name"), or the bundled model by default.
+    """Load a checkpoint: a folder, a GGUF or llama2.c file, a hub id ("org/name"); by default the bundled model.
 
-    dtype: "float32", "bfloat16" or "float16" for matrices and activations; as stored if not given.
+    A folder may be Hugging Face's (plain or quantized safetensors), MLC-LLM's, Orbax's or jaxllm's own; packed
+    weights stay packed (`jaxllm.quant.QTensor`), and one Notice names those that could not.
+
+    dtype: "float32", "bfloat16" or "float16" for matrices and activations; as stored if not given. Packed
+    weights keep their codes and are computed with in it.
     max_len: positions wanted, where the rotary scaling depends on it (dynamic, longrope).
     ignore: config fields to pass over though jaxllm does not know them.
     revision: of the hub repository.
@@ -94,23 +106,122 @@ def load(
     compilation_cache()
     if dtype is not None and str(dtype) not in DTYPES:
         raise ConfigError(f"dtype should be one of {', '.join(DTYPES)}, got {dtype!r}")
-    folder = find(path_or_hub_id, revision)
-    values = read_config(folder)
-    config = _config(folder, values, max_len, ignore)
-    tokenizer = load_tokenizer(folder)
-    readers = read_folder(folder)
-    with progress(f"loading {folder.name}", len(readers)) as advance:
+    source = open_source(find(path_or_hub_id, revision))
+    model = _without_params(source, _config(source, max_len, ignore))
+    if source.saved is not None:
+        return _restored(model, source.saved, dtype=dtype)
+    readers = source.readers()
+    with progress(f"loading {source.path.name}", len(readers)) as advance:
         params = assemble(
             readers,
-            config,
-            family(values.get("model_type")),
+            model.config,
+            source.family,
             place=lambda path, x: _place(x, dtype),
-            source=str(folder),
+            source=str(source.path),
             on_tensor=lambda name: advance(),
         )
-    config = replace(config, dtype=str(params["embed"]["w"].dtype))
-    eos, defaults = _generation(folder, values, tokenizer)
-    return Model(config, params, tokenizer, eos, defaults, folder.name)
+    config = replace(model.config, dtype=str(params["embed"]["w"].dtype))
+    return replace(model, config=config, params=params)
+
+
+def load_orbax(
+    folder: str | os.PathLike, *, sharding: orbax.Sharding | None = None, dtype: str | None = None
+) -> Model:
+    """Load a folder of `checkpoint.orbax.save_orbax`, every array placed by `sharding` as it is read.
+
+    sharding: a jax.sharding.Sharding for all, or a function (path, jax.ShapeDtypeStruct) -> Sharding for each;
+    "layers.0.mixer.q.w" is an array's path, and "layers.0.mixer.q.w.codes", ".scale" and so on those of the parts
+    of a packed weight. dtype: as in `load`, which reads the same folders onto the default device.
+
+    Raises CheckpointError for any other folder and a malformed one; MissingExtraError without orbax-checkpoint.
+    """
+    compilation_cache()
+    if dtype is not None and str(dtype) not in DTYPES:
+        raise ConfigError(f"dtype should be one of {', '.join(DTYPES)}, got {dtype!r}")
+    source = open_source(find(folder))
+    if source.saved is None:
+        raise CheckpointError(f"{source.path} was not written by save_orbax; read it with jaxllm.load")
+    return _restored(_without_params(source, source.saved.config), source.saved, dtype=dtype, sharding=sharding)
+
+
+def _restored(model: Model, saved: orbax.Saved, *, dtype: str | None, sharding=None) -> Model:
+    config = replace(saved.config, dtype=dtype or saved.config.dtype)
+    params = orbax.restore(saved, sharding=sharding, dtype=dtype)
+    return replace(model, config=config, params=params, eos_ids=saved.eos_ids, defaults=saved.defaults)
+
+
+def save(model: Model, folder: str | os.PathLike) -> None:
+    """Write a model into a new folder of jaxllm's own format, whatever its weights came from; `load` reads it.
+
+    Packed weights are stored as they are. Raises CheckpointError where `folder` exists or cannot be written, or
+    the parameters are not those of the config; ConfigError for a model made by hand, without `values`.
+    """
+    if not model.values:
+        raise ConfigError("the model has no values (its config.json); give Model(values=...) to save it")
+    flat, shapes = flatten(model.params), params_shape(model.config)
+    wrong = [p for p in {**shapes, **flat} if p not in flat or shapes.get(p) != tuple(flat[p].shape)]
+    if wrong:
+        raise CheckpointError(f"the parameters differ from what the config describes: {', '.join(wrong[:5])}")
+    with native.Writer(folder) as writer:
+        for path, leaf in flat.items():
+            writer.put(path, leaf)
+        writer.close(model.values, _beside(model))
+
+
+def quantize_files(
+    path_or_hub_id: str | os.PathLike | None,
+    folder: str | os.PathLike,
+    *,
+    format: str | Format | None = None,
+    rules: Iterable[tuple[str, Format | str | None]] = (),
+    dtype: str | None = None,
+    revision: str | None = None,
+) -> native.Written:
+    """Quantize a checkpoint (as `load` takes it) into a new folder that `load` reads, one tensor at a time.
+
+    rules: (path pattern, format) pairs as of `quant.Recipe`, which come first; format: what the rest gets by its
+    default rules (see `quant.recipe`), nothing without it. dtype: of what is not quantized and of the
+    activations; the format's own, or as stored, if not given.
+
+    The peak is the largest tensor, or, where each expert is a tensor of its own, the experts of one layer.
+    Raises as `load` does; ConfigError for an unknown format and for a rule that decides about no weight,
+    CheckpointError where there is something at `folder`.
+    """
+    source = open_source(find(path_or_hub_id, revision))
+    model = _without_params(source, _config(source, None, ()))
+    rules = tuple(rules)
+    recipe = quant.recipe(format, model.config, first=rules) if format else quant.Recipe(rules)
+    recipe = replace(recipe, dtype=dtype or recipe.dtype)
+    readers = source.readers()
+    with progress(f"quantizing {source.path.name}", len(readers)) as advance:
+        return native.convert(
+            readers,
+            source.family,
+            model.config,
+            source.values,
+            folder,
+            recipe=recipe,
+            files=_beside(model),
+            source=str(source.path),
+            on_tensor=lambda name: advance(),
+        )
+
+
+def _without_params(source: Source, config: ModelConfig) -> Model:
+    tokenizer = _tokenizer(source)
+    eos, defaults = _generation(source.folder, source.values, tokenizer)
+    defaults = {**(source.generation or {}), **defaults}
+    folder = source.folder if source.path.is_dir() else None
+    return Model(config, {}, tokenizer, eos, defaults, source.path.name, source.values, folder)
+
+
+def _beside(model: Model) -> dict[str, bytes]:
+    """The tokenizer's own files where they are still there, others that make the same one where not."""
+    files = native.beside(model.folder) if model.folder and model.folder.is_dir() else {}
+    if model.tokenizer is not None and not any(name.startswith(("tokenizer", "vocab")) for name in files):
+        files |= model.tokenizer.files()
+    generation = {**model.defaults} | ({"eos_token_id": sorted(model.eos_ids)} if model.eos_ids else {})
+    return files | ({"generation_config.json": json.dumps(generation).encode()} if generation else {})
 
 
 def load_config(
@@ -121,28 +232,44 @@ def load_config(
     revision: str | None = None,
 ) -> ModelConfig:
     """Only the ModelConfig, without reading weights; dtype is what config.json says of the file."""
-    folder = find(path_or_hub_id, revision, files=CONFIG_FILES)
-    values = read_config(folder)
+    source = open_source(find(path_or_hub_id, revision, files=CONFIG_FILES))
+    if source.saved is not None:
+        return _config(source, max_len, ignore)
+    values = source.values
     stored = str(values.get("dtype") or values.get("torch_dtype") or "float32").removeprefix("torch.")
-    config = _config(folder, values, max_len, ignore)
+    config = _config(source, max_len, ignore)
     return replace(config, dtype=stored if stored in DTYPES else "float32")
 
 
-def _config(folder, values, max_len, ignore) -> ModelConfig:
+def _tokenizer(source: Source) -> Tokenizer | None:
+    if source.metadata is not None:
+        return from_metadata(source.metadata, source.path)
+    if source.tokens is not None:
+        return load_beside(source.folder, source.tokens)
+    return load_tokenizer(source.folder)
+
+
+def _config(source: Source, max_len, ignore) -> ModelConfig:
+    if source.saved is not None:
+        config = source.saved.config
+        if max_len not in (None, config.max_len):
+            raise ConfigError(f"{source.path} was saved for {config.max_len} positions; load what it came from")
+        return config
     try:
-        return model_config(family(values.get("model_type")), values, context=max_len, ignore=ignore)
+        return model_config(source.family, source.values, context=max_len, ignore=ignore)
     except ConfigError as error:
-        raise ConfigError(f"{folder / 'config.json'}: {error}") from None
+        where = source.path / "config.json" if source.path.is_dir() else source.path
+        raise ConfigError(f"{where}: {error}") from None
 
 
-def _place(x: np.ndarray, dtype: str | None) -> jax.Array:
+def _place(x: Values, dtype: str | None) -> jax.Array | QTensor:
     # Vectors (norms, biases) stay as stored: they cost nothing and are used in f32.
     if dtype is not None and x.ndim >= 2:
         x = x.astype(dtype)
     elif x.dtype == np.float64:
         x = x.astype(np.float32)
     # On a CPU the array takes over x's memory where it is aligned. Waiting keeps one tensor in flight.
-    return jax.device_put(x).block_until_ready()
+    return jax.block_until_ready(jax.device_put(x))
 
 
 def find(
@@ -160,13 +287,10 @@ def find(
         raise CheckpointError(f"expected a folder or a hub id, got {reprlib.repr(path_or_hub_id)}")
     path = pathlib.Path(path_or_hub_id)
     try:
-        if path.is_dir():
+        if path.is_dir() or path.is_file():
             return path
-        found = path.exists()
     except OSError as error:
         raise CheckpointError(f"{str(path)[:200]} cannot be opened ({error.strerror}); give a folder") from error
-    if found:
-        raise CheckpointError(f"{path} is a file; give the folder that holds config.json and the weights")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_hub_id)):
         raise CheckpointError(f"there is no folder {path}, and it is not a hub id of the form organisation/name")
     return _download(str(path_or_hub_id), revision, files)
@@ -187,27 +311,6 @@ def _download(name: str, revision: str | None, files: Iterable[str]) -> pathlib.
             f"there is no folder {name!r}, and the hub did not give it ({type(error).__name__}: {error}); "
             "check the name, the network and, for gated models, HF_TOKEN"
         ) from error
-
-
-def read_config(folder: pathlib.Path) -> dict[str, Any]:
-    """config.json as a dict.
-
-    Raises ConfigError where the file is missing or malformed, or the weights are quantized."""
-    path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint") from error
-    except (ValueError, OSError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid JSON ({error}); download it again") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} should hold an object, got {type(values).__name__}")
-    if method := values.get("quantization_config"):
-        kind = method.get("quant_method", "unknown") if isinstance(method, dict) else "unknown"
-        raise ConfigError(
-            f"{path}: weights quantized with {kind!r} are not read yet; use the unquantized checkpoint"
-        )
-    return values
 
 
 def _generation(folder, values, tokenizer) -> tuple[frozenset[int], dict[str, Any]]:

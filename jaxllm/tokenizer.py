@@ -5,6 +5,7 @@ transformers' fast tokenizers. This file adds what generation needs: exact bytes
 that streams.
 """
 
+import json
 import operator
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -134,6 +135,13 @@ class Tokenizer:
             return bytes([int(match[1], 16)])
         return (spelling.replace("▁", " ") if self._has_blanks else spelling).encode()
 
+    def files(self) -> dict[str, bytes]:
+        """Name -> contents of the files that `load_tokenizer` makes this tokenizer of, in any folder."""
+        config = {**self._names, "additional_special_tokens": self._extra_names}
+        config |= {"chat_template": _listed(self.chat_template)} if self.chat_template else {}
+        text = json.dumps(config, ensure_ascii=False, indent=2)
+        return {"tokenizer.json": self._backend.to_str().encode(), "tokenizer_config.json": text.encode()}
+
     def id_of(self, token: str) -> int | None:
         """The id of a token as the vocabulary spells it ("<|im_end|>", "Ġthe", "▁the"), or None."""
         return self._backend.token_to_id(token)
@@ -205,8 +213,14 @@ def load_tokenizer(folder: str | pathlib.Path) -> Tokenizer | None:
         raise TokenizerError(f"{folder} is not a folder; give the checkpoint's folder.")
     config = _config(folder)
     vocabulary = read_vocabulary(folder, config)
-    if vocabulary is None:
-        return None
+    return None if vocabulary is None else with_vocabulary(vocabulary, folder, config)
+
+
+def with_vocabulary(vocabulary: Vocabulary, folder: pathlib.Path, config: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer of a vocabulary already read; config is tokenizer_config.json ({} where there is none).
+
+    The folder's added_tokens.json and chat templates are read. Raises TokenizerError where they do not fit.
+    """
     names, extra = _names(vocabulary, config)
     with refusing(f"The special tokens of {folder} do not fit its vocabulary", "Fetch its files again."):
         _add_tokens(vocabulary.backend, folder, config, names)
@@ -367,3 +381,10 @@ def _templates_of(value: Any, where: str) -> dict[str, str]:
     if not isinstance(found, dict) or not all(isinstance(text, str) for pair in found.items() for text in pair):
         raise TokenizerError(f"chat_template of {where} should be a Jinja source, or sources by name.")
     return found
+
+
+def _listed(template: str | dict[str, str]) -> str | list[dict[str, str]]:
+    """A chat template, or several by name, as tokenizer_config.json has them."""
+    if isinstance(template, str):
+        return template
+    return [{"name": name, "template": source} for name, source in template.items()]

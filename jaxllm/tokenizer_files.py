@@ -385,9 +385,13 @@ def read_sentencepiece(path: pathlib.Path, data: bytes, config: Mapping[str, Any
     stretch of text between them gets the dummy space in front; with "legacy": false only the very beginning
     does.
     """
+    return sentencepiece(Pieces.parse(path, data), path, config)
+
+
+def sentencepiece(model: Pieces, path: pathlib.Path, config: Mapping[str, Any]) -> Vocabulary:
+    """The vocabulary of pieces already read from `path`. TokenizerError where they cannot be used."""
     from tokenizers import AddedToken, Tokenizer
 
-    model = Pieces.parse(path, data)
     if model.trainer.get(24, 0):
         raise TokenizerError(f"{path} treats white space as a suffix, which is not supported.")
     with refusing(f"{path} is no sentencepiece model that can be used", "Fetch the file again."):

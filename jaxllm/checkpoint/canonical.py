@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from jaxllm.config import Block, ModelConfig, params_shape
 from jaxllm.errors import CheckpointError
 from jaxllm.families.base import Family, Rule
-from jaxllm.families.layouts import deinterleave, rotary_rows, unit_rows
+from jaxllm.families.layouts import BY_ROWS, deinterleave, rotary_rows, unit_rows
+from jaxllm.quant import QTensor, dequantize
 
 # Tables that older files carry and nobody needs.
 IGNORED = re.compile(
     r".*(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attention\.(masked_)?bias|\.attn\.(masked_)?bias|attn\.causal_mask)"
 )
+Values = np.ndarray | QTensor  # a packed weight is [.., out, in] whatever way the family's own files lie
 REAL = ("float32", "bfloat16", "float16", "float64")  # dtypes that are values and not codes
 SUFFIX = {"weight": "w", "bias": "b", None: ""}
 
@@ -26,7 +30,7 @@ class Piece(NamedTuple):
 
     path: str
     index: int | None
-    value: np.ndarray
+    value: Values
 
 
 def destination(name: str, family: Family) -> tuple[Rule, str, str] | None:
@@ -50,18 +54,54 @@ def skipped(name: str, config: ModelConfig, family: Family) -> bool:
     return bool(found and found[1:] == ("head", "w") and config.tied)
 
 
-def pieces(name: str, x: np.ndarray, config: ModelConfig, family: Family) -> Iterator[Piece]:
+def pieces(name: str, x: Values, config: ModelConfig, family: Family) -> Iterator[Piece]:
     """The canonical parameters inside one checkpoint tensor, in jaxllm's one layout."""
     rule, path, leaf = destination(name, family)
+    if isinstance(x, QTensor):
+        yield from _packed_pieces(name, x, config, family, rule)
+        return
     path, _, index = path.partition("@")
-    block = _block(path, config)
     if family.conv1d and leaf == "w" and x.ndim == 2 and path not in ("embed", "positions", "head"):
         x = x.T
-    parts = rule.split(x, leaf, block) if rule.split else {leaf: x}
+    yield from _pieces(path, int(index) if index else None, leaf, x, rule.split, config, family)
+
+
+def row_pieces(name: str, x: np.ndarray, config: ModelConfig, family: Family) -> Iterator[Piece]:
+    """What `pieces` does to the rows of the matrix [out, in] of this name, done to x [out, anything].
+
+    Raises CheckpointError for a name without a place, and a matrix whose parts mix columns."""
+    if skipped(name, config, family) or (found := destination(name, family)) is None:
+        raise CheckpointError("not a tensor of this architecture")
+    rule, path, leaf = found
+    path, _, index = path.partition("@")
+    split = BY_ROWS.get(rule.split)
+    if (rule.split and not split) or (config.unit_head and path == "head"):
+        raise CheckpointError("its rows are not rows of jaxllm's own matrices")
+    yield from _pieces(path, int(index) if index else None, leaf or "w", x, split, config, family)
+
+
+def _packed_pieces(name: str, q: QTensor, config: ModelConfig, family: Family, rule: Rule) -> Iterator[Piece]:
+    """The same for a packed weight, without unpacking it: what moves its rows moves the rows of its parts."""
+    _, path, leaf = destination(name, family)
+    path, _, index = path.partition("@")
+    index, split = int(index) if index else None, BY_ROWS.get(rule.split)
+    if (rule.split and not split) or (config.unit_head and path == "head"):
+        yield from _pieces(path, index, leaf or "w", dequantize(q), rule.split, config, family)
+        return
+    leaf = leaf or ("w" if split else "")
+    moved = [_pieces(path, index, leaf, part, split, config, family) for part in q.row_parts().values()]
+    for same in zip(*moved, strict=True):
+        parts = dict(zip(q.row_parts(), (piece.value for piece in same), strict=True))
+        yield same[0]._replace(value=replace(q, **parts))
+
+
+def _pieces(path, index, leaf, x, split, config: ModelConfig, family: Family) -> Iterator[Piece]:
+    block = _block(path, config)
+    parts = split(x, leaf, block) if split else {leaf: x}
     for below, part in parts.items():
         where = f"{path}.{below}" if below else path
         part = unit_rows(part) if config.unit_head and where == "head.w" else part
-        yield Piece(where, int(index) if index else None, _one_layout(where, part, block, family))
+        yield Piece(where, index, _one_layout(where, part, block, family))
 
 
 def _block(path: str, config: ModelConfig) -> Block | None:
@@ -85,11 +125,11 @@ def _one_layout(path: str, x: np.ndarray, block: Block | None, family: Family) -
 
 
 def assemble(
-    tensors: dict[str, Callable[[], np.ndarray]],
+    tensors: dict[str, Callable[[], Values]],
     config: ModelConfig,
     family: Family,
     *,
-    place: Callable[[str, np.ndarray], object],
+    place: Callable[[str, Values], object],
     source: str,
     on_tensor: Callable[[str], None] = lambda name: None,
 ) -> dict:
@@ -114,13 +154,13 @@ def assemble(
     return nest(tree.leaves)
 
 
-def _put(tree: _Tree, name: str, read: Callable[[], np.ndarray], config: ModelConfig, family: Family) -> None:
+def _put(tree: _Tree, name: str, read: Callable[[], Values], config: ModelConfig, family: Family) -> None:
     if skipped(name, config, family):
         return
     if destination(name, family) is None:
         raise CheckpointError("not a tensor of this architecture")
     x = read()
-    if x.dtype.name not in REAL:
+    if not isinstance(x, QTensor) and x.dtype.name not in REAL:
         raise CheckpointError(f"values of dtype {x.dtype.name} are not read; they should be {', '.join(REAL)}")
     for piece in pieces(name, x, config, family):
         tree.put(name, piece)
@@ -129,11 +169,11 @@ def _put(tree: _Tree, name: str, read: Callable[[], np.ndarray], config: ModelCo
 class _Tree:
     """The parameter tree being filled, and what went wrong."""
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]], place: Callable[[str, np.ndarray], object], most: int):
+    def __init__(self, shapes: dict[str, tuple[int, ...]], place: Callable[[str, Values], object], most: int):
         self.shapes, self.place = shapes, place
         self.most = most  # tensors there are: no stack can have more rows
         self.leaves: dict[str, object] = {}
-        self.stacks: dict[str, tuple[np.ndarray, set[int]]] = {}
+        self.stacks: dict[str, tuple[Values, set[int]]] = {}
         self.problems: list[str] = []
         self.faulty: set[str] = set()
 
@@ -152,17 +192,21 @@ class _Tree:
         else:
             self._stack(name, path, index, value)
 
-    def _stack(self, name: str, path: str, index: int, value: np.ndarray) -> None:
+    def _stack(self, name: str, path: str, index: int, value: Values) -> None:
         want = self.shapes[path]
         if want[0] > self.most:
             self.faulty.add(path)
             self.problems.append(f"{path} has {want[0]} rows, and there are {self.most} tensors in all")
             return
-        stack, rows = self.stacks.setdefault(path, (np.empty(want, value.dtype), set()))
+        if path not in self.stacks:
+            self.stacks[path] = jax.tree.map(lambda a: np.empty((want[0], *a.shape), a.dtype), value), set()
+        stack, rows = self.stacks[path]
         if index >= want[0] or index in rows:
             self.problems.append(f"{name}: {path} has rows 0 to {want[0] - 1}, each once; got {index}")
             return
-        stack[index] = value
+        if jax.tree.structure(stack) != jax.tree.structure(value):
+            raise CheckpointError(f"{path} stacks rows in one format, {stack!r}; this one is {value!r}")
+        jax.tree.map(lambda to, a: to.__setitem__(index, a), stack, value)
         rows.add(index)
         if len(rows) == want[0]:
             self.leaves[path] = self.place(path, stack)

@@ -9,16 +9,13 @@ from __future__ import annotations
 import json
 import math
 import pathlib
-from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from jaxllm.errors import CheckpointError
-
-Readers = dict[str, Callable[[], np.ndarray]]
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 LONGEST_HEADER = 100_000_000  # bytes, as the format's own reader has it
@@ -29,6 +26,7 @@ DTYPES = {
     "BF16": ml_dtypes.bfloat16,
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
     "I64": np.int64,
     "I32": np.int32,
     "I16": np.int16,
@@ -48,6 +46,30 @@ class Place(NamedTuple):
     shape: tuple[int, ...]
     start: int  # bytes from the end of the header
     stop: int
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of a file; calling it reads its values."""
+
+    path: pathlib.Path
+    begin: int  # bytes before the first value of the file
+    name: str
+    place: Place
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.place.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.place.dtype
+
+    def __call__(self) -> np.ndarray:
+        return _read(self.path, self.begin, self.name, self.place)
+
+
+Readers = dict[str, Tensor]
 
 
 def read_folder(folder: pathlib.Path) -> Readers:
@@ -81,15 +103,39 @@ def open_file(path: pathlib.Path) -> Readers:
 
     Raises CheckpointError where the header does not describe exactly the bytes that follow it."""
     try:
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(size - 8, LONGEST_HEADER):
-                raise ValueError(f"a header of {length} bytes in a file of {size}")
-            places = _places(file.read(length).decode("utf-8"), size - 8 - length)
+        header, length, size = _header(path)
+        places = _places(header, size - 8 - length)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a whole safetensors file ({error}); download it again") from error
-    return {name: partial(_read, path, 8 + length, name, place) for name, place in places.items()}
+    return {name: Tensor(path, 8 + length, name, place) for name, place in places.items()}
+
+
+def _header(path: pathlib.Path) -> tuple[str, int, int]:
+    """The header of a file, its length and that of the whole file in bytes."""
+    with path.open("rb") as file:
+        size = path.stat().st_size
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(size - 8, LONGEST_HEADER):
+            raise ValueError(f"a header of {length} bytes in a file of {size}")
+        return file.read(length).decode("utf-8"), length, size
+
+
+def read_metadata(folder: pathlib.Path) -> dict[str, str]:
+    """The free text that the headers of a folder's files carry beside their tensors.
+
+    Raises CheckpointError where a header is malformed."""
+    found: dict[str, str] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            table = json.loads(_header(path)[0])
+            extra = table.get("__metadata__", {}) if isinstance(table, dict) else {}
+        except (OSError, ValueError, RecursionError) as error:
+            raise CheckpointError(
+                f"{path} is not a whole safetensors file ({error}); download it again"
+            ) from error
+        if isinstance(extra, dict):
+            found |= {key: text for key, text in extra.items() if isinstance(text, str)}
+    return found
 
 
 def _places(header: str, size: int) -> dict[str, Place]:
@@ -135,12 +181,18 @@ def _whole_numbers(values: Any) -> bool:
 
 
 def _read(path: pathlib.Path, begin: int, name: str, place: Place) -> np.ndarray:
-    """The values of one tensor, in memory that JAX on a CPU can take over without a copy."""
-    size = place.stop - place.start
+    data = read_bytes(path, begin + place.start, place.stop - place.start, name=name)
+    return data.view(place.dtype).reshape(place.shape)
+
+
+def read_bytes(path: pathlib.Path, start: int, size: int, *, name: str) -> np.ndarray:
+    """u8 [size] from byte `start` of a file, in memory that JAX on a CPU can take over without a copy.
+
+    Raises CheckpointError, with the tensor's name, where the file cannot be read or is too short."""
     data = _aligned(size)
     try:
         with path.open("rb", buffering=0) as file:
-            file.seek(begin + place.start)
+            file.seek(start)
             got = 0
             while got < size and (n := file.readinto(data[got:])):  # Linux gives at most 2 GiB at once
                 got += n
@@ -148,7 +200,7 @@ def _read(path: pathlib.Path, begin: int, name: str, place: Place) -> np.ndarray
         raise CheckpointError(f"{path}: {name} cannot be read ({error})") from error
     if got < size:
         raise CheckpointError(f"{path}: {name} has only {got} of its {size} bytes left; download the file again")
-    return data.view(place.dtype).reshape(place.shape)
+    return data
 
 
 def _aligned(size: int, to: int = 64) -> np.ndarray:

@@ -14,7 +14,8 @@ MOST = 2**31  # no size in a config is larger; keeps a hostile file from taking 
 
 # Fields that describe training, the file or the tokenizer, not the function the model computes.
 HARMLESS = re.compile(
-    r"_.*|architectures|model_type|auto_map|torch_dtype|dtype|transformers(_js)?_(version|config)|name_or_path"
+    r"_.*|architectures|model_type|auto_map|(quantization|compression)_config"
+    r"|torch_dtype|dtype|transformers(_js)?_(version|config)|name_or_path"
     r"|.*dropout.*|.*pdrop|initializer_.*|init_.*|.*_init(_.*)?|use_cache|cache_implementation|gradient_checkpointing"
     r"|(bos|eos|pad|sep|unk|cls|mask|decoder_start|image|boi|eoi|video|vision_.*|audio.*)_token_(id|index)|.*_token_ids?"
     r"|forced_.*|suppress_tokens|begin_suppress_tokens|output_(attentions|hidden_states|scores|router_logits)"

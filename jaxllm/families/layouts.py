@@ -138,3 +138,29 @@ def rotary_rows(path: str, shape: tuple[int, ...], block: Block) -> Iterator[tup
     elif name in ("q", "k", "q_norm", "k_norm"):
         heads = shape[0] // m.head_dim if len(shape) == 1 or name in "qk" else shape[0]
         yield max(heads, 1), m.rope.dims, 0
+
+
+def _alternating_rows(x: np.ndarray, leaf: str, block: Block) -> dict[str, np.ndarray]:
+    """Experts' gates and ups taking turns as rows: [E, 2 F, ..]."""
+    return _named(("gate", "up"), "w", (x[:, 0::2], x[:, 1::2]))
+
+
+def _expert_rows(x: np.ndarray, leaf: str, block: Block) -> dict[str, np.ndarray]:
+    return {"down.w": x}
+
+
+def _halved_rows(x: np.ndarray, leaf: str, block: Block) -> dict[str, np.ndarray]:
+    return _named(("gate", "up"), "w", np.split(x, 2, -2))
+
+
+# What a split does to the parts of a packed weight, which are [.., out, something] whatever way the values lay.
+# A split that is not here mixes columns: the weight is expanded first.
+BY_ROWS: dict[Split, Split] = {
+    split: split for split in (fused_qkv, grouped_qkv, codegen_qkv, gated_query, gate_up, up_gate)
+} | {
+    stacked_gate_up: _alternating_rows,
+    stacked_down: _expert_rows,
+    turned_gate_up: _halved_rows,
+    delta_qkvz: delta_qkvz,
+    delta_ba: delta_ba,
+}

@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxllm.errors import ConfigError
 from jaxllm.families import (
+    bitnet,
     cohere,
     deepseek,
     gemma,
@@ -42,6 +43,7 @@ FAMILIES: dict[str, Family] = {
     **mamba.FAMILIES,
     **lfm2.FAMILIES,
     **qwen_next.FAMILIES,
+    **bitnet.FAMILIES,
 }
 
 # Known, and not yet to be had: what is missing.

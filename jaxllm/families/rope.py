@@ -177,6 +177,15 @@ def _longrope(c: Fields, r: dict, base: float, dim: int) -> Table:
     return _frequencies(base, dim) / np.asarray(factors, np.float64), amplitude
 
 
+def _factors(c: Fields, r: dict, base: float, dim: int) -> Table:
+    """Every frequency divided by its own number: what a file says that has the table and not the scheme."""
+    factors = r.get("factors")
+    if not isinstance(factors, list) or len(factors) != dim // 2:
+        c.problem(f"rope parameter factors should be a list of {dim // 2} numbers, got {str(factors)[:60]}")
+        factors = [1.0] * (dim // 2)
+    return _frequencies(base, dim) / np.asarray(factors, np.float64), 1.0
+
+
 def _original(c: Fields, r: dict) -> int:
     """The context the unscaled table was trained for."""
     name = "original_max_position_embeddings"
@@ -194,6 +203,7 @@ SCHEMES = {
     "yarn": _yarn,
     "longrope": _longrope,
     "su": _longrope,
+    "factors": _factors,
 }
 
 
