@@ -2,7 +2,8 @@
 
 from jaxllm.config import ModelConfig
 from jaxllm.layers import capture, forward, hidden, logits
-from jaxllm.model import Model, bundled, load, load_config
+from jaxllm.model import Model, bundled, load, load_config, save
+from jaxllm.quant import quantize_model as quantize
 from jaxllm.state import State, evict, init_state, insert, load_state, rewind, save_state, select_rows
 from jaxllm.taps import Taps
 
@@ -22,7 +23,9 @@ __all__ = [
     "load_config",
     "load_state",
     "logits",
+    "quantize",
     "rewind",
+    "save",
     "save_state",
     "select_rows",
 ]

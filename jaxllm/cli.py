@@ -12,11 +12,19 @@ import sys
 from collections.abc import Sequence
 
 from jaxllm import __version__
-from jaxllm.commands import chat, generate, info, logits, score
+from jaxllm.commands import chat, compare, generate, info, logits, quantize, score
 from jaxllm.commands.common import formatter
 from jaxllm.errors import JaxllmError
 
-COMMANDS = {"generate": generate, "chat": chat, "score": score, "logits": logits, "info": info}
+COMMANDS = {
+    "generate": generate,
+    "chat": chat,
+    "score": score,
+    "logits": logits,
+    "info": info,
+    "compare": compare,
+    "quantize": quantize,
+}
 
 
 def parser() -> argparse.ArgumentParser:

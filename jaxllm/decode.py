@@ -21,6 +21,7 @@ from jaxllm.prompts import PREFILL_CHUNK, Overflow, Prompt, as_prompts, new_stat
 from jaxllm.sampling import GREEDY, Context, MaskCallback, Sampler
 from jaxllm.scoring import score, score_rows
 from jaxllm.state import Recurrent, State, evict, rewind, select_rows
+from jaxllm.state import kv_format as state_format
 from jaxllm.stopping import Text, stop_strings
 
 __all__ = ["Overflow", "Prompt", "advance", "generate", "prefill", "score", "stream"]
@@ -277,6 +278,7 @@ def generate(
     add_special: bool = True,
     prefix: Prefix | None = None,
     steps: int | None = None,
+    kv_format: str | None = None,
 ) -> Generation:
     """Continue one prompt or a batch of any lengths: text, token ids or chat messages.
 
@@ -290,7 +292,8 @@ def generate(
     happens beyond: "error" (before anything runs), "evict-oldest" (the first `sinks` and the newest stay), or
     "clear" (the row goes on from its newest token alone).
     prefix: tokens and state of an earlier single-row call, reused as far as the prompt begins with them.
-    steps: decoding steps in one device program (default 1 on CPU, 8 elsewhere).
+    steps: decoding steps in one device program (default 1 on CPU, 8 elsewhere). kv_format: "int8", "fp8" or
+    "int4" keeps the keys and values of past tokens in so many bits (see `init_state`).
 
     Raises ContextError, SamplerError, TokenizerError or JaxllmError before anything is computed.
     """
@@ -301,7 +304,7 @@ def generate(
     scored = score_rows(model, rows, logprobs) if prompt_logprobs else [None] * len(rows)
     plan, state, last, seed = _prepare(
         model, rows, max_new_tokens, sampler, key, n, logprobs, mask, max_len, overflow, sinks,
-        prefill_chunk_size, prefix, steps,
+        prefill_chunk_size, prefix, steps, kv_format,
     )  # fmt: skip
     outputs = [_Row(model, p, strings, ends) for p in plan.rows]
     jax.block_until_ready(last)
@@ -344,6 +347,7 @@ def stream(
     prefill_chunk_size: int = PREFILL_CHUNK,
     add_special: bool = True,
     prefix: Prefix | None = None,
+    kv_format: str | None = None,
 ) -> Iterator[Token]:
     """Tokens of one completion as they are made; the same tokens as `generate`, with the same arguments.
 
@@ -357,7 +361,7 @@ def stream(
     ends = ids | (model.eos_ids if eos is None else frozenset(eos))
     plan, state, last, _ = _prepare(
         model, rows, max_new_tokens, sampler, key, 1, logprobs, mask, max_len, overflow, sinks,
-        prefill_chunk_size, prefix, 1,
+        prefill_chunk_size, prefix, 1, kv_format,
     )  # fmt: skip
     row = _Row(model, rows[0], strings, ends)
     for i, (out, now) in enumerate(_loop(model, plan, state, last)):
@@ -369,7 +373,7 @@ def stream(
 
 
 def _prepare(
-    model, rows, new_tokens, sampler, key, n, top, mask, max_len, overflow, sinks, chunk, prefix, steps
+    model, rows, new_tokens, sampler, key, n, top, mask, max_len, overflow, sinks, chunk, prefix, steps, kv_format
 ) -> tuple[Plan, State, Array, int | None]:
     """Check everything, prefill, fork: (plan, state, last hidden vectors, seed)."""
     counts = {"max_new_tokens": new_tokens, "n": n, "prefill_chunk_size": chunk, "steps": steps or 1}
@@ -379,10 +383,10 @@ def _prepare(
         raise JaxllmError(f"logprobs goes from 0 to {model.config.vocab}, got {top}")
     keys, seed = _keys(sampler, key, len(rows), n)
     chunk = min(chunk, model.config.max_len)
-    reused = _reuse(prefix, rows, new_tokens, overflow)
+    reused = _reuse(prefix, rows, new_tokens, overflow, kv_format)
     if reused is None:
-        state = new_state(model, rows, new_tokens, chunk, overflow=overflow, max_len=max_len, sinks=sinks)
-        rest = rows
+        room = dict(overflow=overflow, max_len=max_len, sinks=sinks, kv_format=kv_format)
+        state, rest = new_state(model, rows, new_tokens, chunk, **room), rows
     else:
         state, rest = reused
     state, last = prefill(model, rest, state)
@@ -403,7 +407,9 @@ def _can_rewind(state: State) -> bool:
     return not any(isinstance(c, Recurrent) for c in state.layers)
 
 
-def _reuse(prefix: Prefix | None, rows: list[list[int]], new_tokens: int, overflow: Overflow):
+def _reuse(
+    prefix: Prefix | None, rows: list[list[int]], new_tokens: int, overflow: Overflow, kv_format: str | None
+):
     """(state cut back to what the prompt shares with the prefix, the rest of the prompt), or None."""
     if prefix is None:
         return None
@@ -417,6 +423,7 @@ def _reuse(prefix: Prefix | None, rows: list[list[int]], new_tokens: int, overfl
     back = len(prefix.tokens) - shared
     if (
         not fits
+        or kv_format != state_format(state)
         or evicting != (overflow == "evict-oldest")
         or shared <= 0
         or (back and not _can_rewind(state))

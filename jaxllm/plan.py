@@ -1,20 +1,27 @@
-"""What memory a model needs, from its config alone: nothing is loaded and nothing is allocated."""
+"""What memory a model needs in any weight format, from its config alone: nothing is loaded or allocated."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jaxllm import native
 from jaxllm.config import MLA, Attention, Block, ModelConfig, MoE, params_shape
 from jaxllm.decode import PREFILL_CHUNK
 from jaxllm.errors import ConfigError
 from jaxllm.model import DTYPES
 from jaxllm.ops import BLOCK_ROWS, FEW_ROWS
+from jaxllm.quant.cache import CacheCodes
+from jaxllm.quant.encode import encode
+from jaxllm.quant.formats import UNQUANTIZED, Format
+from jaxllm.quant.products import BLOCK_WEIGHTS, SMALL_WEIGHTS
+from jaxllm.quant.recipe import Recipe, recipe
 from jaxllm.state import KV, Latent, Recurrent, State, init_state, nbytes
 
 
@@ -25,14 +32,20 @@ class Plan:
     batch: int
     context: int  # tokens each row has room for
     chunk: int  # tokens of each row that one prefill step appends
-    dtype: str  # of matrices, activations and cache
+    dtype: str  # of activations and cache, and of matrices that are not quantized
+    format: str | None  # of the weights: its name, "recipe", or None where they stay as `load` gives them
     parameters: int
     active_parameters: int  # used by one token: of the routed experts only those chosen
     parts: dict[str, int]  # parameters by part: embed, attention, mlp, ...; they add up to `parameters`
-    parameter_bytes: int  # as `load(dtype=...)` holds them
+    parameter_bytes: int  # as `load(dtype=...)` holds them, or `quantize` makes them
     state_bytes: int  # of init_state(config, batch, context, chunk=chunk)
     activation_bytes: int  # an estimate of a prefill step's temporaries, see `plan`
     logits_bytes: int  # f32 [batch, V] twice: logits and log-probabilities of one step
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of all parameters, scales included."""
+        return 8 * self.parameter_bytes / self.parameters
 
     @property
     def total_bytes(self) -> int:
@@ -47,44 +60,56 @@ def plan(
     context: int | None = None,
     chunk: int | None = None,
     dtype: str | None = None,
+    format: str | Format | Recipe | None = None,
+    kv_format: str | None = None,
 ) -> Plan:
     """The Plan of a model, with the numbers of the runtime itself: params_shape and an abstract init_state.
 
     context: default config.max_len. chunk: default that of `generate`, at most the context. dtype: as `load`
-    takes it, default config.dtype; parameters with one axis (norms, biases) stay config.dtype.
+    takes it, default config.dtype; parameters with one axis (norms, biases) stay config.dtype. format: as
+    `quantize_model` takes it; its bytes are those that quantizing gives, exactly. kv_format: as
+    `init_state` takes it.
 
     activation_bytes estimates the temporaries of one prefill step: two residual streams [B, C, D]; the largest
     of the layers' needs, which are the mixer's arrays (queries, keys, values, output; scores and probabilities
-    f32 [B, H, C, S]; the layer's cache once more, laid out for the products) or the feed-forward's (three
-    [B, C, F]); and for every layer what its loops hold (routed experts, recurrences), for XLA shares no loop's
-    buffers between layers. For chunks of 32 tokens and more in float32 on CPU it is 0.9 to 1.7 times what XLA
+    f32 [B, H, C, S] where no native kernel is in use; the layer's cache once more, laid out for the products) or
+    the feed-forward's (three [B, C, F]); for every layer what its loops hold (routed experts, recurrences,
+    products of packed matrices), for XLA shares no loop's buffers between layers; and a block of a packed matrix
+    in f32. For chunks of 32 tokens and more in float32 on CPU it is 0.9 to 1.7 times what XLA
     allots; bfloat16 takes about twice as much there, because XLA for CPU widens it to float32.
 
-    Raises ConfigError for an unknown dtype, ContextError where the context is too long for the model.
+    Raises ConfigError for an unknown dtype or format, a rule that decides about nothing, or a format whose own
+    dtype is another than the one given; ContextError where the context is too long for the model.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype should be one of {', '.join(DTYPES)}, got {dtype!r}")
     context = config.max_len if context is None else context
     chunk = min(PREFILL_CHUNK if chunk is None else chunk, context)
-    live = replace(config, dtype=dtype or config.dtype)
-    state = jax.eval_shape(partial(init_state, live, batch, context, chunk=chunk))
+    rules = None if format is None else format if isinstance(format, Recipe) else recipe(format, config)
+    if rules and dtype and rules.dtype not in (None, dtype):
+        raise ConfigError(f"{_named(format)} computes in {rules.dtype}; leave out dtype, which is {dtype}")
+    live = replace(config, dtype=(rules and rules.dtype) or dtype or config.dtype)
+    state = jax.eval_shape(partial(init_state, live, batch, context, chunk=chunk, kv_format=kv_format))
     shapes = params_shape(config)
+    formats = rules.assign(shapes) if rules else {}
     return Plan(
         batch=batch,
         context=context,
         chunk=chunk,
         dtype=live.dtype,
+        format=_named(format),
         parameters=sum(map(math.prod, shapes.values())),
         active_parameters=_active(config, shapes),
         parts=_parts(config, shapes),
-        parameter_bytes=_parameter_bytes(config, live, shapes),
+        parameter_bytes=_parameter_bytes(config, live, shapes, formats),
         state_bytes=nbytes(state),
-        activation_bytes=_activations(live, state, batch * chunk),
+        activation_bytes=_activations(live, state, batch * chunk) + _expanded(shapes, formats, batch * chunk),
         logits_bytes=2 * 4 * batch * config.vocab,
     )
 
 
 Shapes = dict[str, tuple[int, ...]]
+Formats = dict[str, Format | None]
 
 
 def _block(path: str, config: ModelConfig) -> tuple[Block | None, list[str]]:
@@ -113,10 +138,35 @@ def _active(config: ModelConfig, shapes: Shapes) -> int:
     return total
 
 
-def _parameter_bytes(stored: ModelConfig, live: ModelConfig, shapes: Shapes) -> int:
-    """`load` casts matrices and leaves vectors as they are."""
+def _named(format: str | Format | Recipe | None) -> str | None:
+    match format:
+        case Format():
+            return format.name
+        case Recipe():
+            return "recipe"
+    return format
+
+
+def _parameter_bytes(stored: ModelConfig, live: ModelConfig, shapes: Shapes, formats: Formats) -> int:
+    """`load` and `quantize` cast matrices and leave vectors as they are."""
     vector, matrix = (jnp.dtype(c.dtype).itemsize for c in (stored, live))
-    return sum(math.prod(s) * (matrix if len(s) > 1 else vector) for s in shapes.values())
+
+    def one(path: str, shape: tuple[int, ...]) -> int:
+        if formats.get(path):
+            return math.prod(shape[:-1]) * row_bytes(formats[path], shape[-1])
+        return math.prod(shape) * (matrix if len(shape) > 1 else vector)
+
+    return sum(one(path, shape) for path, shape in shapes.items())
+
+
+@lru_cache(maxsize=1024)
+def row_bytes(format: Format, columns: int) -> int:
+    """Bytes of one row of a weight in a format, scales and zeros included.
+
+    Every part of a packed weight has a line for each row, so the row is simply made and measured."""
+    if format.name in UNQUANTIZED:
+        return columns * jnp.dtype(format.levels).itemsize
+    return encode(np.zeros((1, columns), np.float32), format).nbytes
 
 
 # ---- activations ----------------------------------------------------------------------------------------
@@ -142,8 +192,14 @@ def _mixer(block: Block, cache: KV | Latent | Recurrent, rows: int, item: int) -
         case _:  # projections, the convolution's line, gates and the scan's inputs; the scan's output
             wide = 4 * rows * cache.conv.shape[-1]
             return 7 * wide + _bytes(cache), wide
-    scores = 2 * 4 * rows * m.heads * cache.pos.shape[1]
-    return rows * projected * item + scores + _bytes(cache), 0
+    scores = 0 if _blockwise(m, cache) else 2 * 4 * rows * m.heads * cache.pos.shape[1]
+    return rows * projected * item + scores + _bytes(cache) + _unpacked(cache, item), 0
+
+
+def _blockwise(m: Attention | MLA, cache: KV | Latent) -> bool:
+    """Whether the kernel that keeps no scores takes this attention, on a CPU."""
+    line = cache.k if isinstance(cache, KV) else cache.c
+    return getattr(m, "alibi", None) is None and native.refuses_attend(line, line, line, None) is None
 
 
 def _ffn(block: Block, rows: int, width: int, item: int) -> tuple[int, int]:
@@ -161,6 +217,23 @@ def _moe(m: MoE, rows: int, width: int, item: int) -> tuple[int, int]:
     if routed <= FEW_ROWS:
         return shared + 3 * routed * m.hidden * width * item, 0
     return shared, 3 * 4 * (routed + m.experts * BLOCK_ROWS) * (m.hidden + width)
+
+
+def _expanded(shapes: Shapes, formats: Formats, rows: int) -> int:
+    """Packed matrices: a block of the largest in f32 beside its codes, and all layers' products, made in loops.
+
+    Small matrices are expanded whole, those of all layers at once."""
+    packed = [shapes[p] for p, f in formats.items() if f and f.name not in UNQUANTIZED and p != "embed.w"]
+    sizes = [shape[-2] * shape[-1] for shape in packed]
+    small = sum(4 * size for size in sizes if size <= SMALL_WEIGHTS)
+    products = sum(4 * rows * shape[-2] for shape, size in zip(packed, sizes, strict=True) if size > SMALL_WEIGHTS)
+    return small + products + 5 * min(max(sizes, default=0) // 2, BLOCK_WEIGHTS)
+
+
+def _unpacked(cache: KV | Latent, item: int) -> int:
+    """Keys and values kept in few bits are expanded for the products."""
+    lines = [line for line in vars(cache).values() if isinstance(line, CacheCodes)]
+    return sum(math.prod(line.shape) * item for line in lines)
 
 
 def _bytes(cache: KV | Latent | Recurrent) -> int:

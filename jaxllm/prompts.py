@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -87,21 +88,23 @@ def new_state(
     overflow: Overflow = "error",
     max_len: int | None = None,
     sinks: int = 0,
+    kv_format: str | None = None,
 ) -> State:
     """An empty state for these prompts and what will follow; arguments as in `generate`.
 
     Raises ContextError that says which limit is passed."""
-    config, batch = model.config, len(rows)
+    config = model.config
+    make = partial(init_state, config, len(rows), chunk=chunk, kv_format=kv_format)
     longest = max(map(len, rows))
     limit = min(max_len or config.max_len, config.max_len)
     if overflow == "evict-oldest":
-        return init_state(config, batch, limit, chunk=chunk, window=limit, sinks=sinks)
+        return make(limit, window=limit, sinks=sinks)
     if sinks:
         raise ContextError("sinks belong to overflow='evict-oldest'; the other policies keep no tokens")
     held = longest + new_tokens - 1  # the last token is never fed
     size = limit if max_len else bucket(min(held, limit), config)
     if overflow == "clear":
-        return init_state(config, batch, size, chunk=chunk)
+        return make(size)
     if overflow != "error":
         raise ContextError(f"overflow is 'error', 'evict-oldest' or 'clear', got {overflow!r}")
     if held > limit:
@@ -109,7 +112,7 @@ def new_state(
             f"the longest prompt has {longest} tokens and {new_tokens} more were asked for, but the context is "
             f"{limit}; shorten them, or choose overflow='evict-oldest' or 'clear'"
         )
-    return init_state(config, batch, size, chunk=chunk)
+    return make(size)
 
 
 def padded(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:

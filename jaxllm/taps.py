@@ -11,15 +11,18 @@ Names are "embed", "norm", or "layers.{i}.{point}" with the points below.
 | mixer.v        | [B, T, K, h]     | new values (attention)                                          |
 | mixer.scores   | [B, H, T, S]     | attention probabilities over cache slots, f32 (attention, MLA)  |
 | mixer.heads    | [B, T, H, h]     | each head's output, before the output projection                |
+| mixer.joined   | [B, T, J]        | what the output projection reads: gated, normed (attention)     |
 | mixer.out      | [B, T, D]        | what the mixer adds to the residual stream                      |
 | mid            | [B, T, D]        | residual stream between mixer and feed-forward (sequential)     |
 | ffn.in         | [B, T, D]        | what the feed-forward reads (after its norm)                    |
 | ffn.hidden     | [B, T, F]        | activations of the neurons (MLP)                                |
 | ffn.experts    | i32 [B, T, k]    | chosen experts (MoE)                                            |
 | ffn.weights    | [B, T, k]        | weights of the experts that were chosen by score, f32 (MoE)     |
+| ffn.routed     | [N, k, f]        | activations of the chosen experts' neurons (MoE)                |
 | ffn.out        | [B, T, D]        | what the feed-forward adds                                      |
 | out            | [B, T, D]        | residual stream leaving the layer                               |
 
+N = B * T, J = H * h, f is the hidden size of one expert.
 "embed" is [B, T, D] entering the first layer; "norm" is [B, T, D] after the final norm.
 """
 

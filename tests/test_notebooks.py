@@ -9,10 +9,11 @@ nbformat = pytest.importorskip("nbformat")
 pytest.importorskip("nbclient")
 pytest.importorskip("ipykernel")
 pytest.importorskip("matplotlib")
+pytest.importorskip("optax")
 
 from tools.run_notebooks import FOLDER, METADATA, execute, main  # noqa: E402
 
-NAMES = ("01_generate", "02_logits_and_activations")
+NAMES = ("01_generate", "02_logits_and_activations", "03_quantize_and_compare", "05_lora")
 
 
 def read(name):

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 import jaxllm
-from jaxllm import decode
+from jaxllm import decode, native
 from jaxllm.checkpoint.canonical import nest
 from jaxllm.config import MLA, MLP, Attention, Block, DeltaNet, Mamba, ModelConfig, MoE, Norm, Rope, params_shape
 from jaxllm.errors import ConfigError, ContextError
@@ -58,9 +58,15 @@ def test_state_of_every_kind_of_layer(name):
 @pytest.mark.parametrize(
     ("name", "batch", "chunk"), [*((name, 1, 128) for name in BLOCKS if name != "experts"), ("experts", 4, 32)]
 )
-def test_activations_are_about_what_xla_allots(name, batch, chunk):
+@pytest.mark.parametrize("kernels", [True, False], ids=["native", "xla"])
+def test_activations_are_about_what_xla_allots(name, batch, chunk, kernels, monkeypatch):
     if jax.default_backend() != "cpu":
         pytest.skip("the bounds are those of XLA for CPU")
+    if kernels and native.unavailable():
+        pytest.skip(native.unavailable())
+    if not kernels:
+        monkeypatch.setattr(native, "unavailable", lambda: "it is off")
+    jax.clear_caches()  # programs traced with the other setting
     config, context = config_of(*[name] * 3), 512
     made = plan(config, batch=batch, context=context, chunk=chunk)
     params = nest({path: jax.ShapeDtypeStruct(s, "float32") for path, s in params_shape(config).items()})

@@ -30,24 +30,31 @@ MAY_IMPORT = {
     "taps": "errors",
     "sampling": "errors",
     "tokenizer": "errors",
-    "ops": "config errors",
-    "state": "config errors files ops",
+    "quant": "config errors taps",
+    "native": "errors",
+    "ops": "config errors native quant",
+    "state": "config errors files ops quant",
     "basics": "config ops",
     "recurrent": "basics config state taps",
     "layers": "basics config errors ops recurrent state taps",
-    "checkpoint": "config errors families files",
-    "model": "checkpoint config errors families progress tokenizer",
+    "checkpoint": "config errors families files progress quant",
+    "lora": "checkpoint errors families quant taps",
+    "model": "checkpoint config errors families progress quant tokenizer",
     "generation": "state",
     "stopping": "errors generation tokenizer",
     "prompts": "config errors model state",
     "scoring": "config errors generation layers model progress prompts sampling state",
     "decode": "config errors generation layers model prompts sampling scoring state stopping",
     "beam": "config decode errors generation layers model prompts sampling state",
-    "plan": "config decode errors model ops state",
-    "jaxllm": "config layers model state taps",
+    "comparison": "config errors layers model progress prompts state taps",
+    "lm_eval": "decode errors model sampling scoring",
+    "plan": "config decode errors model native ops quant state",
+    "calibration": "checkpoint config errors layers model progress prompts quant state taps",
+    "jaxllm": "config layers model quant state taps",
 }
 ANYTHING = {"commands", "cli", "__main__"}  # and nothing below imports them
 SAME_PART = {"chat": "tokenizer", "detokenizer": "tokenizer", "tokenizer_files": "tokenizer"}
+SAME_PART |= {"tokenizer_gguf": "tokenizer", "tokenizer_llama2c": "tokenizer", "config_json": "config"}
 SAME_PART |= {"sampling_steps": "sampling", "sampling_penalties": "sampling", "__init__": "jaxllm"}
 
 

@@ -17,7 +17,7 @@ from tests.random_model import CONFIGS, attention, block, config, mla, moe
 
 QUICK = {"xla_backend_optimization_level": 0}
 B, T, S = 2, 7, 12
-SIZES = dict(B=B, T=T, S=S, D=32, H=4, K=2, h=8, F=40, k=3)
+SIZES = dict(B=B, T=T, S=S, D=32, H=4, K=2, h=8, F=40, k=3, N=B * T, J=32, f=24)
 MODELS = {
     "attention": config(block(attention(sinks=False)), block()),
     "moe": config(block(ffn=moe(top_k=3, shared=0))),
@@ -26,12 +26,14 @@ MODELS = {
     "parallel": config(block(parallel="shared"), block(parallel="split", post=True)),
 }
 ALWAYS = {"in", "mixer.in", "mixer.heads", "mixer.out", "mixer.scores", "ffn.in", "ffn.out", "out"}
+ATTENTION = {"mixer.q", "mixer.k", "mixer.v", "mixer.joined"}
+ROUTED = {"ffn.experts", "ffn.weights", "ffn.routed"}
 POINTS = {
-    "attention": ALWAYS | {"mixer.q", "mixer.k", "mixer.v", "mid", "ffn.hidden"},
-    "moe": ALWAYS | {"mixer.q", "mixer.k", "mixer.v", "mid", "ffn.experts", "ffn.weights"},
-    "moe-shared": ALWAYS | {"mixer.q", "mixer.k", "mixer.v", "mid", "ffn.experts", "ffn.weights", "ffn.hidden"},
+    "attention": ALWAYS | ATTENTION | {"mid", "ffn.hidden"},
+    "moe": ALWAYS | ATTENTION | ROUTED | {"mid"},
+    "moe-shared": ALWAYS | ATTENTION | ROUTED | {"mid", "ffn.hidden"},
     "mla": ALWAYS | {"mid", "ffn.hidden"},
-    "parallel": ALWAYS | {"mixer.q", "mixer.k", "mixer.v", "ffn.hidden"},
+    "parallel": ALWAYS | ATTENTION | {"ffn.hidden"},
 }
 OWN_SIZES = {"mla": dict(h=mla().v_dim), "moe-shared": dict(F=20)}
 TOKENS = random_model.tokens(B, T)

@@ -8,11 +8,13 @@ import itertools
 import sys
 from typing import Any
 
-from jaxllm import load_config
+from jaxllm import load_config, native
+from jaxllm.checkpoint.source import open_source, packed_bytes
 from jaxllm.commands import common
 from jaxllm.config import MLA, MLP, Attention, Block, ModelConfig, MoE, Norm, Rope
-from jaxllm.model import CONFIG_FILES, DTYPES, find, read_config
+from jaxllm.model import CONFIG_FILES, DTYPES, find
 from jaxllm.plan import Plan, plan
+from jaxllm.quant import FORMATS
 
 USAGE = "[MODEL] [options]"
 SUMMARY = "architecture, parameters and memory of a model"
@@ -29,28 +31,43 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", metavar="TYPE", choices=DTYPES, help=f"{', '.join(DTYPES)} (default: as stored)"
     )
+    parser.add_argument("--format", metavar="F", help="of the weights, as `jaxllm quantize` makes it")
+    parser.add_argument("--formats", action="store_true", help="a table of every weight format instead")
     parser.add_argument("--json", action="store_true", help="one JSON object, bytes as numbers")
 
 
 def run(args: argparse.Namespace) -> None:
     folder = find(args.model, files=CONFIG_FILES)
     config = load_config(folder, max_len=args.context)
-    needs = plan(config, batch=args.batch, context=args.context, chunk=args.chunk, dtype=args.dtype)
-    name, kind = args.model or folder.name, read_config(folder).get("model_type")
+    room = dict(batch=args.batch, context=args.context, chunk=args.chunk, dtype=args.dtype)
+    if args.formats:
+        if args.format:
+            args.fail("--formats shows them all; leave out --format")
+        _every_format(args, every_plan(config, **room))
+        return
+    source = open_source(folder)
+    needs = plan(config, **room, format=args.format)
+    if not args.format and (stored := packed_bytes(source)):
+        needs = dataclasses.replace(needs, parameter_bytes=stored, format="their own format")
+    name, kind = args.model or folder.name, source.values.get("model_type")
     if args.json:
         common.write_json(as_json(name, kind, config, needs))
         return
-    sections = [_architecture(name, kind, config), _parameters(needs), _memory(needs)]
-    _show_rich(sections) if sys.stdout.isatty() else _show_plain(sections)
+    machine = ("this machine", [("native CPU kernels", native.describe())])
+    show([_architecture(name, kind, config), _parameters(needs), _memory(needs), machine])
 
 
 def as_json(name: str, kind: str, config: ModelConfig, needs: Plan) -> dict[str, Any]:
     """The object `--json` prints; memory in bytes."""
-    whole = dataclasses.asdict(needs) | {"total_bytes": needs.total_bytes}
+    whole = dataclasses.asdict(needs) | {
+        "total_bytes": needs.total_bytes,
+        "bits_per_weight": needs.bits_per_weight,
+    }
     counts = ("parameters", "active_parameters", "parts")
     return {
         "model": name,
         "model_type": kind,
+        "native_kernels": native.describe(),
         "architecture": {
             **{f: getattr(config, f) for f in ("width", "vocab", "max_len", "dtype", "tied")},
             "layers": len(config.blocks),
@@ -59,6 +76,44 @@ def as_json(name: str, kind: str, config: ModelConfig, needs: Plan) -> dict[str,
         **{name: whole[name] for name in counts},
         "memory": {name: value for name, value in whole.items() if name not in counts},
     }
+
+
+def every_plan(
+    config: ModelConfig,
+    *,
+    batch: int = 1,
+    context: int | None = None,
+    chunk: int | None = None,
+    dtype: str | None = None,
+) -> dict[str, Plan]:
+    """The plan of every weight format by name, and that of no format as "as stored". Arguments as in `plan`;
+    dtype is of formats that bring none."""
+
+    def one(name: str | None) -> Plan:
+        own = name and FORMATS[name].dtype
+        return plan(config, batch=batch, context=context, chunk=chunk, dtype=own or dtype, format=name)
+
+    return {"as stored": one(None)} | {name: one(name) for name in FORMATS}
+
+
+def _every_format(args: argparse.Namespace, plans: dict[str, Plan]) -> None:
+    if args.json:
+        columns = ("bits_per_weight", "parameter_bytes", "state_bytes", "total_bytes", "dtype")
+        common.write_json({name: {c: getattr(p, c) for c in columns} for name, p in plans.items()})
+        return
+    first = next(iter(plans.values()))
+    title = f"memory: batch {first.batch}, context {first.context:,}, chunk {first.chunk}"
+    head = (
+        "format",
+        f"{'bits/weight':>11}  {'parameters':>10}  {'state':>9}  {'at most, about':>14}  computes in",
+    )
+    rows = sorted(plans.items(), key=lambda item: item[1].parameter_bytes)
+    show([(title, [head, *((name, _format_row(p)) for name, p in rows)])])
+
+
+def _format_row(p: Plan) -> str:
+    sizes = f"{size(p.parameter_bytes):>10}  {size(p.state_bytes):>9}  {size(p.total_bytes):>14}"
+    return f"{p.bits_per_weight:11.3f}  {sizes}  {p.dtype}"
 
 
 # ---- blocks in words ------------------------------------------------------------------------------------
@@ -161,6 +216,8 @@ def _parameters(needs: Plan) -> tuple[str, list[tuple[str, str]]]:
 
 def _memory(needs: Plan) -> tuple[str, list[tuple[str, str]]]:
     title = f"memory: batch {needs.batch}, context {needs.context:,}, chunk {needs.chunk}, {needs.dtype}"
+    if needs.format:
+        title += f", weights in {needs.format} ({needs.bits_per_weight:.3f} bits each)"
     sizes = {
         "parameters": needs.parameter_bytes,
         "state (cache)": needs.state_bytes,
@@ -177,6 +234,11 @@ def size(n: int) -> str:
     while value >= 999.95 and len(units) > 1:
         value, units = value / 1000, units[1:]
     return f"{n} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
+
+
+def show(sections: Sections) -> None:
+    """Titled tables on a terminal, lines elsewhere."""
+    _show_rich(sections) if sys.stdout.isatty() else _show_plain(sections)
 
 
 def _show_plain(sections: Sections) -> None:
