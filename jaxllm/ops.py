@@ -14,9 +14,11 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxllm import native
+from jaxllm.native import packed
 from jaxllm.quant import QTensor, adapted, dequantize, products
 from jaxllm.quant.cache import CacheCodes, expanded, quantized
 
@@ -40,7 +42,7 @@ def portable() -> AbstractContextManager[None]:
 
 def explain(x: Array, w: Array | QTensor) -> str:
     """Which code `matmul` of x [..., in] by w [out, in] becomes on CPU, and why no other. Shapes and dtypes do."""
-    reason = _refused(native.refuses_matmul(x, w) if not isinstance(w, QTensor) else f"it has no {w.format.name}")
+    reason = _refused(packed.refuses(x, w) if isinstance(w, QTensor) else native.refuses_matmul(x, w))
     return f"XLA's dot; the native kernel is not taken: {reason}" if reason else f"native kernel, {native.level()}"
 
 
@@ -54,9 +56,11 @@ def matmul(x: Array, w: Array | QTensor, *, out: jnp.dtype | None = None) -> Arr
     if isinstance(w, adapted.LoRA):
         return (matmul(x, w.w, out=jnp.float32) + adapted.added(x, w)).astype(out)
     if isinstance(w, QTensor):
-        return products.matmul(rows, w).astype(out).reshape(*x.shape[:-1], w.shape[0])
-    taken = _refused(native.refuses_matmul(rows, w)) is None
-    y = _product(rows, w, out) if taken else _xla_product(rows, w, out)
+        y = _packed_product(rows, w, out)
+    elif _refused(native.refuses_matmul(rows, w)):
+        y = _xla_product(rows, w, out)
+    else:
+        y = _product(rows, w, out)
     return y.reshape(*x.shape[:-1], w.shape[0])
 
 
@@ -84,6 +88,45 @@ def _xla_product(x: Array, w: Array, out: jnp.dtype) -> Array:
     exact = dtype == jnp.float32
     y = _dot(x, w) if exact else lax.platform_dependent(x, w, cpu=_dot_padded, default=_dot)
     return y.astype(out)
+
+
+def _packed_product(x: Array, q: QTensor, out: jnp.dtype) -> Array:
+    if q.order is not None:
+        x, q = x[:, q.order], replace(q, order=None)
+    taken = _refused(packed.refuses(x, q)) is None
+    return _packed(x, q, out) if taken else products.matmul(x, q).astype(out)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _packed(x: Array, q: QTensor, out: jnp.dtype) -> Array:
+    xla = lambda x, q: products.matmul(x, q).astype(out)
+    return lax.platform_dependent(x, q, cpu=functools.partial(packed.matmul, out=out), default=xla)
+
+
+@functools.partial(_packed.defjvp, symbolic_zeros=True)
+def _packed_jvp(out, primals, tangents):
+    tangent = _packed_tangent(products.matmul, primals, tangents)
+    return _packed(*primals, out), tangent.astype(out)
+
+
+def _packed_tangent(definition: Callable, primals: tuple, tangents: tuple) -> Array:
+    """That of `definition(x, q)`, which is linear in x; a frozen q (the usual case) costs nothing."""
+    (x, q), (dx, dq) = primals, tangents
+    frozen = all(map(_is_zero, jax.tree.leaves(dq, is_leaf=_is_zero)))
+    if frozen:
+        return definition(dx, q)
+    filled = jax.tree.map(_filled, (dx, dq), is_leaf=_is_zero)
+    return jax.jvp(definition, (x, q), filled)[1]
+
+
+def _filled(tangent):
+    if not _is_zero(tangent):
+        return tangent
+    return (
+        np.zeros(tangent.shape, tangent.dtype)
+        if tangent.dtype == jax.dtypes.float0
+        else jnp.zeros(tangent.shape, tangent.dtype)
+    )
 
 
 def gated(x: Array, gate: Array, up: Array, act: str, activate: Callable) -> Array:
@@ -147,8 +190,24 @@ def grouped_matmul(x: Array, w: Array | QTensor, expert: Array) -> Array:
     The work grows with R, not with E. Differentiable in x and w to any order.
     """
     if isinstance(w, QTensor):
-        return products.grouped_matmul(x, w, expert, few=FEW_ROWS, size=BLOCK_ROWS)
+        taken = w.order is None and _refused(packed.refuses(x, w)) is None
+        return _packed_grouped(x, w, expert) if taken else _xla_packed_grouped(x, w, expert)
     return _grouped(x, w.astype(x.dtype), expert)
+
+
+def _xla_packed_grouped(x: Array, q: QTensor, expert: Array) -> Array:
+    return products.grouped_matmul(x, q, expert, few=FEW_ROWS, size=BLOCK_ROWS)
+
+
+@jax.custom_jvp
+def _packed_grouped(x: Array, q: QTensor, expert: Array) -> Array:
+    return lax.platform_dependent(x, q, expert, cpu=packed.grouped, default=_xla_packed_grouped)
+
+
+@functools.partial(_packed_grouped.defjvp, symbolic_zeros=True)
+def _packed_grouped_jvp(primals, tangents):
+    definition = functools.partial(_xla_packed_grouped, expert=primals[2])
+    return _packed_grouped(*primals), _packed_tangent(definition, primals[:2], tangents[:2])
 
 
 @jax.custom_jvp

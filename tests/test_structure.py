@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "sampling": "errors",
     "tokenizer": "errors",
     "quant": "config errors taps",
-    "native": "errors",
+    "native": "errors quant",
     "ops": "config errors native quant",
     "state": "config errors files ops quant",
     "basics": "config ops",

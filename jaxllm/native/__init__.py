@@ -25,7 +25,7 @@ Array = jax.Array
 
 LEVELS = ("portable", "avx2", "avx512", "amx")  # as in cpu.h
 LIBRARY = pathlib.Path(__file__).with_name("_kernels.so")
-INTERFACE = 2  # as in ffi.cc: what Python and the library agree on
+INTERFACE = 3  # as in ffi.cc: what Python and the library agree on
 FLOATS = (jnp.float32, jnp.bfloat16)
 ACTIVATIONS = ("silu", "gelu_tanh")  # as in matmul.h
 
@@ -87,7 +87,7 @@ def _load() -> ctypes.CDLL | str:
         return f"{LIBRARY.name} does not load ({error}); run python -m jaxllm.native.build"
     if made != INTERFACE:
         return f"{LIBRARY.name} was built from other sources; run python -m jaxllm.native.build"
-    for name in ("jaxllm_matmul", "jaxllm_gated", "jaxllm_attend", "jaxllm_put", "jaxllm_keep"):
+    for name in ("jaxllm_matmul", "jaxllm_gated", "jaxllm_attend", "jaxllm_put", "jaxllm_keep", "jaxllm_packed"):
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return library
 
@@ -107,7 +107,7 @@ def matmul(x: Array, w: Array, out: jnp.dtype, *, most: str | None = None, threa
     made = out if out in FLOATS else jnp.float32
     shape = jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), made)
     call = jax.ffi.ffi_call("jaxllm_matmul", shape, vmap_method="expand_dims")
-    return call(x, w, **_how(most, threads)).astype(out)
+    return call(x, w, **how(most, threads)).astype(out)
 
 
 def refuses_gated(x: Array, gate: Array, up: Array, act: str) -> str | None:
@@ -125,7 +125,7 @@ def gated(x: Array, gate: Array, up: Array, *, act: str, threads: int | None = N
     """act(x gate) * (x up) of bf16 x [m, k] and gate, up [n, k] -> bf16 [m, n], rounded once, at the end."""
     shape = jax.ShapeDtypeStruct((x.shape[0], gate.shape[0]), x.dtype)
     call = jax.ffi.ffi_call("jaxllm_gated", shape, vmap_method="sequential")
-    return call(x, gate, up, activation=np.int64(ACTIVATIONS.index(act)), threads=_how(None, threads)["threads"])
+    return call(x, gate, up, activation=np.int64(ACTIVATIONS.index(act)), threads=how(None, threads)["threads"])
 
 
 def refuses_attend(q: Array, k: Array, v: Array, bias: Array | None) -> str | None:
@@ -157,7 +157,7 @@ def attend(
     sinks = jnp.zeros(0, jnp.float32) if sinks is None else sinks.astype(jnp.float32)
     call = jax.ffi.ffi_call("jaxllm_attend", jax.ShapeDtypeStruct(q.shape, q.dtype), vmap_method="sequential")
     numbers = dict(scale=np.float32(scale), softcap=np.float32(softcap or 0))
-    return call(q, k, v, mask, sinks, **numbers, **_how(most, threads))
+    return call(q, k, v, mask, sinks, **numbers, **how(most, threads))
 
 
 def refuses_put(cache: Array) -> str | None:
@@ -184,7 +184,8 @@ def keep(x: Array) -> Array:
     return jax.ffi.ffi_call("jaxllm_keep", shape, vmap_method="broadcast_all", input_output_aliases={0: 0})(x)
 
 
-def _how(most: str | None, threads: int | None) -> dict[str, np.int64]:
+def how(most: str | None, threads: int | None) -> dict[str, np.int64]:
+    """The level and the number of threads, as every kernel takes them."""
     _library()
     if most is None:
         most = _setting() if _setting() in LEVELS else LEVELS[-1]

@@ -40,7 +40,8 @@ Level detect() {
   // The compiler's own check knows whether the operating system keeps the vector registers.
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Level::kPortable;
   const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                    __builtin_cpu_supports("avx512vnni");
   if (!wide || !has(leaf(7, 1).eax, 5)) return Level::kAvx2;
   const unsigned features = leaf(7, 0).edx;
   const bool tiles = has(features, 22) && has(features, 24) && has(features, 25);

@@ -7,7 +7,7 @@ namespace jaxllm {
 enum class Level : int {
   kPortable = 0,  // any processor
   kAvx2 = 1,      // AVX2, FMA and F16C
-  kAvx512 = 2,    // AVX-512 F, BW, DQ, VL and BF16
+  kAvx512 = 2,    // AVX-512 F, BW, DQ, VL, VNNI and BF16
   kAmx = 3,       // AMX tiles of bf16 and int8
 };
 

@@ -112,7 +112,7 @@ def _in_blocks(x: Array, q: QTensor, expert: Array, size: int) -> Array:
     ends = jnp.cumsum(padded)
     place = (ends - padded)[expert] + jnp.arange(R) - (jnp.cumsum(counts) - counts)[expert]
     blocks = -(-R // size) + E
-    padded_x = jnp.zeros((blocks * size, x.shape[1]), x.dtype).at[place].set(x)
+    padded_x = jnp.zeros((blocks * size, x.shape[1]), x.dtype).at[place].set(x, unique_indices=True)
     owner = jnp.minimum(jnp.searchsorted(ends, jnp.arange(blocks) * size, side="right"), E - 1)
 
     @jax.checkpoint

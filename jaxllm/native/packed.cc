@@ -1,0 +1,77 @@
+// Dividing a product with packed weights into pieces for the threads.
+#include "packed.h"
+
+#include <cstring>
+
+#include "cpu.h"
+#include "parallel.h"
+#include "scratch.h"
+
+namespace jaxllm {
+namespace {
+
+constexpr int64_t kAloneBytes = 1 << 16;  // of codes: fewer are not worth waking a thread for a row or two
+constexpr int64_t kPiecesEach = 4;        // pieces a thread, so that a late one holds up little
+constexpr int64_t kMostRows = 128;        // of x in a piece: with their sums they stay in the L2 cache
+
+int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+struct Kernel {
+  int64_t strip;
+  void (*round_row)(const Packed&, int64_t, const Rounded&);
+  int64_t (*strip_bytes)(const Packed&);
+  void (*packed)(const Packed&, const Rounded&, int64_t, int64_t, int64_t, int64_t, void*);
+};
+
+Kernel kernel(Level level) {
+#if defined(__x86_64__)
+  if (level >= Level::kAvx512) return {avx512::kStripRows, avx512::round_row, avx512::strip_bytes, avx512::packed};
+  if (level >= Level::kAvx2) return {avx2::kStripRows, avx2::round_row, avx2::strip_bytes, avx2::packed};
+#endif
+  (void)level;
+  return {portable::kStripRows, portable::round_row, portable::strip_bytes, portable::packed};
+}
+
+Rounded room(const Packed& p) {
+  static thread_local Scratch memory;
+  Rounded x{};
+  x.blocks = up(p.k, kBlock32), x.parts = p.x_type == Number::kF32 ? 2 : 1;
+  const int64_t count = p.m * x.parts * x.blocks;
+  x.values = memory.get<int16_t>(count * (kBlock32 + 6));
+  x.scale = reinterpret_cast<float*>(x.values + count * kBlock32);
+  x.sum = x.scale + count;
+  x.start = reinterpret_cast<int32_t*>(x.sum + count);
+  return x;
+}
+
+// Rows of w in a piece.
+int64_t rows_of_piece(const Packed& p, int64_t strip, const Team& team) {
+  const int64_t strips = up(p.n, strip);
+  if (p.m <= 2 && p.n * p.row_bytes <= kAloneBytes) return strips * strip;
+  return up(strips, kPiecesEach * team.size()) * strip;
+}
+
+}  // namespace
+
+void packed_matmul(const Packed& p, int most, Team& team) {
+  if (p.m == 0 || p.n == 0) return;
+  if (p.k == 0) {
+    std::memset(p.y, 0, static_cast<size_t>(p.m * p.n) * (p.y_type == Number::kF32 ? 4 : 2));
+    return;
+  }
+  const Kernel level = kernel(level_within(most));
+  const Rounded x = room(p);
+  team.run(up(p.m, 16), [&](int64_t i) {
+    for (int64_t row = 16 * i; row < least(16 * (i + 1), p.m); ++row) level.round_row(p, row, x);
+  });
+  const int64_t rows = rows_of_piece(p, level.strip, team), across = up(p.n, rows), columns = least(kMostRows, p.m);
+  team.run(across * up(p.m, columns), [&](int64_t i) {
+    static thread_local Scratch memory;
+    const int64_t n0 = i % across * rows, m0 = i / across * columns;
+    level.packed(p, x, m0, least(m0 + columns, p.m), n0, least(n0 + rows, p.n),
+                 memory.get<char>(level.strip_bytes(p)));
+  });
+}
+
+}  // namespace jaxllm

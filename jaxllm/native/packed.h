@@ -1,0 +1,78 @@
+// y [m, n] = x [m, k] times packed weights [n, k] transposed.
+//
+// Activations are taken 32 at a time as whole numbers of 16 bits times a power of two, so that the sum of a block
+// is a whole number: exact, in whatever order an instruction set adds it. The blocks' sums are then scaled and
+// added from left to right in f32. So a row's bits depend on k and the format alone, as in matmul.h, and the error
+// beyond the format's own is 2^-16 of the largest activation of each block. A row of f32 is taken as two: its
+// whole numbers, and those of what they lack.
+#pragma once
+
+#include <cstdint>
+
+#include "matmul.h"
+
+namespace jaxllm {
+
+inline constexpr int64_t kBlock32 = 32;  // activations that share a scale
+
+// What scales and zeros may be stored as.
+enum class Number : int { kF32 = 0, kBF16 = 1, kF16 = 2, kU8 = 3, kS8 = 4, kE8M0 = 5, kE4M3 = 6 };
+
+// Numbers [n, count] of the weight's rows; count of them lie evenly along the columns. No data: there are none.
+struct Numbers {
+  const void* data = nullptr;
+  Number type = Number::kF32;
+  int64_t count = 0;
+};
+
+// How a code becomes a whole number.
+enum class Codes : int {
+  kNibbles = 0,  // 4 bits, two a byte, the lower ones first; the number is the code
+  kTable = 1,    // 4 bits, and the number is table[code]
+  kBytes = 2,    // a byte
+  kSigned = 3,   // a signed byte; `center` has 128 more for it
+};
+
+// weight = (number - center - zero) * factor * scale * super_scale + offset * super_offset
+struct Packed {
+  const void* x;
+  Number x_type, y_type;
+  void* y;
+  int64_t m, n, k;
+  const uint8_t* codes;  // [n, row_bytes]
+  int64_t row_bytes;
+  Codes kind;
+  int64_t center;
+  float factor;
+  const int16_t* table;  // [16]
+  int64_t group;         // columns that share a scale, a multiple of 32
+  Numbers scale, super_scale, zero, offset, super_offset;
+};
+
+// x as the kernels read it: `values` [m * parts, blocks, 32] in the order in which codes leave a word, and for
+// each block its scale, its sum, and minus the center times its sum.
+struct Rounded {
+  int16_t* values;
+  float *scale, *sum;
+  int32_t* start;
+  int64_t blocks, parts;
+};
+
+class Team;
+void packed_matmul(const Packed& p, int most, Team& team);
+
+// ---- what each level brings -------------------------------------------------------------------------------
+
+#define JAXLLM_PACKED_LEVEL(level)                                                            \
+  namespace level {                                                                           \
+  extern const int64_t kStripRows; /* rows of weights taken together */                       \
+  void round_row(const Packed& p, int64_t row, const Rounded& x);                             \
+  int64_t strip_bytes(const Packed& p); /* of working memory */                               \
+  void packed(const Packed& p, const Rounded& x, int64_t m0, int64_t m1, int64_t n0, int64_t n1, void* memory); \
+  }
+JAXLLM_PACKED_LEVEL(portable)
+JAXLLM_PACKED_LEVEL(avx2)
+JAXLLM_PACKED_LEVEL(avx512)
+#undef JAXLLM_PACKED_LEVEL
+
+}  // namespace jaxllm

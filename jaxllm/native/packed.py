@@ -1,0 +1,111 @@
+"""Products with packed weights by the native kernels: which formats they know, and the call."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm import native
+from jaxllm.quant import QTensor
+from jaxllm.quant.formats import LEVELS
+
+Array = jax.Array
+
+ACTIVATIONS = (jnp.float32, jnp.bfloat16, jnp.float16)
+NUMBERS = ("float32", "bfloat16", "float16", "uint8", "int8", "float8_e8m0fnu", "float8_e4m3fn")
+BLOCK = 32  # columns that the kernels take together, as in packed.h
+NIBBLES, TABLE, BYTES, SIGNED = range(4)  # as in packed.h
+MOST = 2047  # of a level in a table: 32 times it times an activation of 16 bits is a whole number of 32 bits
+WHOLE = {"e2m1": 2, "iq4": 1}  # what levels are multiplied by to be whole numbers; others take two tables
+
+
+def refuses(x: Array, q: QTensor) -> str | None:
+    """Why `matmul` does not take x [m, in] and q [out, in] (`grouped`: [experts, out, in]); None where it does."""
+    f = q.format
+    if f.activations:
+        return f"{f.name} rounds activations in its own way"
+    if f.bits not in (4, 8) or q.high is not None:
+        return f"it has codes of 4 and 8 bits, not the {f.bits} of {f.name}"
+    if f.levels != "int" and (f.bits != 4 or f.levels not in LEVELS):
+        return f"it has whole numbers and tables of 16 levels, not the {f.levels} of {f.name}"
+    if x.dtype not in ACTIVATIONS:
+        return f"it takes float32, bfloat16 and float16 activations, not {x.dtype}"
+    if reason := _refuses_numbers(q):
+        return reason
+    return native.unavailable()
+
+
+def _refuses_numbers(q: QTensor) -> str | None:
+    parts = {name: part for name, part in q.row_parts().items() if name not in ("codes", "high")}
+    if other := [f"{name} of {part.dtype}" for name, part in parts.items() if str(part.dtype) not in NUMBERS]:
+        return f"it does not read {other[0]}"
+    if uneven := [name for name in ("zero", "offset") if name in parts and parts[name].shape != q.scale.shape]:
+        return f"{uneven[0]} has other groups than scale"
+    if q.scale.shape[-1] > 1 and _group(q) % BLOCK:
+        return f"it takes groups of a multiple of {BLOCK} columns, not {_group(q)}"
+    return None
+
+
+def _group(q: QTensor) -> int:
+    """Columns that share a scale."""
+    return q.codes.shape[-1] * 8 // q.format.bits // q.scale.shape[-1]
+
+
+def matmul(x: Array, q: QTensor, out: jnp.dtype, *, most: str | None = None, threads: int | None = None) -> Array:
+    """x [m, in] times q [out, in] transposed -> [m, out] in `out`. q has no order: it is x's columns by then.
+
+    Activations are rounded to 16 bits in blocks of 32 (at most 2^-16 of the largest in the block; of float32
+    what that lacks is taken too), summed exactly, scaled and added in f32 from left to right: a row's bits do not
+    depend on the other rows, nor on the threads. A block with an activation that is not finite makes NaN.
+    most: the highest of native.LEVELS to use.
+    """
+    return _call(x, jnp.zeros(0, jnp.int32), jax.tree.map(lambda part: part[None], q), out, most, threads)
+
+
+def grouped(x: Array, q: QTensor, expert: Array, *, most: str | None = None, threads: int | None = None) -> Array:
+    """Row i of x [m, in] times expert[i] of q [experts, out, in] -> f32 [m, out]; otherwise as `matmul`.
+
+    Neighbours with the same expert, i32 [m], are multiplied together.
+    """
+    return _call(x, expert.astype(jnp.int32), q, jnp.float32, most, threads)
+
+
+def _call(x: Array, expert: Array, q: QTensor, out: jnp.dtype, most: str | None, threads: int | None) -> Array:
+    none = jnp.zeros(0, jnp.float32)
+    names = ("scale", "super_scale", "zero", "offset", "super_offset")
+    parts = [none if getattr(q, name) is None else getattr(q, name) for name in names]
+    tables = _tables(q)
+    made = out if out in ACTIVATIONS and len(tables) == 1 else jnp.float32
+    shape = jax.ShapeDtypeStruct((x.shape[0], q.codes.shape[1]), made)
+    call = jax.ffi.ffi_call("jaxllm_packed", shape, vmap_method="sequential")
+    how = _codes(q) | native.how(most, threads)
+    y = [call(x, expert, q.codes, *parts, **how, factor=factor, table=table) for factor, table in tables]
+    return sum(y[1:], start=y[0]).astype(out)
+
+
+def _codes(q: QTensor) -> dict[str, np.int64]:
+    """How the kernel reads the codes, as its arguments."""
+    kind, center = NIBBLES, q.format.center
+    if q.format.levels != "int":
+        kind, center = TABLE, 0
+    elif q.format.bits == 8:
+        signed = q.codes.dtype == jnp.int8
+        kind, center = (SIGNED, center + 128) if signed else (BYTES, center)
+    group = _group(q) if q.scale.shape[-1] > 1 else -(-q.columns // BLOCK) * BLOCK
+    return {name: np.int64(value) for name, value in dict(kind=kind, center=center, group=group).items()}
+
+
+def _tables(q: QTensor) -> list[tuple[np.float32, np.ndarray]]:
+    """The levels as whole numbers [16] and the factor that goes with them: their sum is that of all products."""
+    name = q.format.levels
+    if name == "int":
+        return [(np.float32(1), np.zeros(16, np.int64))]
+    levels = np.array(LEVELS[name], np.float64)
+    whole = WHOLE.get(name) or MOST / np.abs(levels).max()
+    upper = np.round(levels * whole)
+    found = [(np.float32(1 / whole), upper.astype(np.int64))]
+    if name not in WHOLE:
+        factor = np.float32(1 / whole / (2 * MOST))
+        found.append((factor, np.round((levels - upper * np.float64(found[0][0])) / factor).astype(np.int64)))
+    return found

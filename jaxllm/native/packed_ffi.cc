@@ -1,0 +1,136 @@
+// What XLA calls for products with packed weights.
+#include <string>
+
+#include "packed.h"
+#include "parallel.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jaxllm {
+namespace {
+
+namespace ffi = xla::ffi;
+
+ffi::Error wrong(const std::string& what) { return ffi::Error::InvalidArgument("jaxllm: packed " + what); }
+
+bool known(ffi::DataType type, Number* number) {
+  switch (type) {
+    case ffi::F32: *number = Number::kF32; return true;
+    case ffi::BF16: *number = Number::kBF16; return true;
+    case ffi::F16: *number = Number::kF16; return true;
+    case ffi::U8: *number = Number::kU8; return true;
+    case ffi::S8: *number = Number::kS8; return true;
+    case ffi::DataType::F8E8M0FNU: *number = Number::kE8M0; return true;
+    case ffi::F8E4M3FN: *number = Number::kE4M3; return true;
+    default: return false;
+  }
+}
+
+int64_t bytes(Number type) { return type == Number::kF32 ? 4 : type == Number::kBF16 || type == Number::kF16 ? 2 : 1; }
+bool is_float(Number type) { return type == Number::kF32 || type == Number::kBF16 || type == Number::kF16; }
+
+// Numbers [experts, n, count], or none where the buffer is empty.
+bool read(ffi::AnyBuffer b, int64_t experts, int64_t n, Numbers* to) {
+  if (b.element_count() == 0) return true;
+  const auto sizes = b.dimensions();
+  if (sizes.size() != 3 || sizes[0] != experts || sizes[1] != n || !known(b.element_type(), &to->type)) return false;
+  *to = {b.untyped_data(), to->type, sizes[2]};
+  return true;
+}
+
+bool divides(const Numbers& few, const Numbers& many) {
+  return few.data == nullptr || (few.count > 0 && many.count % few.count == 0);
+}
+
+void move(Numbers* t, int64_t rows) {
+  if (t->data) t->data = static_cast<const char*>(t->data) + rows * t->count * bytes(t->type);
+}
+
+// The same product with the weights of another expert.
+Packed of_expert(Packed p, int64_t expert) {
+  const int64_t rows = expert * p.n;
+  p.codes += rows * p.row_bytes;
+  for (Numbers* t : {&p.scale, &p.super_scale, &p.zero, &p.offset, &p.super_offset}) move(t, rows);
+  return p;
+}
+
+// Rows first to first + count of x and y.
+Packed of_rows(Packed p, int64_t first, int64_t count) {
+  p.x = static_cast<const char*>(p.x) + first * p.k * bytes(p.x_type);
+  p.y = static_cast<char*>(p.y) + first * p.n * bytes(p.y_type);
+  p.m = count;
+  return p;
+}
+
+ffi::Error packed_call(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> expert, ffi::AnyBuffer codes,
+                       ffi::AnyBuffer scale, ffi::AnyBuffer super_scale, ffi::AnyBuffer zero, ffi::AnyBuffer offset,
+                       ffi::AnyBuffer super_offset, ffi::Result<ffi::AnyBuffer> y, int64_t kind, int64_t center,
+                       int64_t group, float factor, ffi::Span<const int64_t> table, int64_t level,
+                       int64_t threads) {
+  const auto xs = x.dimensions(), cs = codes.dimensions(), ys = y->dimensions();
+  if (xs.size() != 2 || cs.size() != 3 || ys.size() != 2 || ys[0] != xs[0] || ys[1] != cs[1])
+    return wrong("takes x [m, k], codes [experts, n, bytes] and y [m, n]");
+  const int64_t experts = cs[0], m = xs[0], n = cs[1], k = xs[1];
+  Packed p{};
+  if (!known(x.element_type(), &p.x_type) || !known(y->element_type(), &p.y_type) || !is_float(p.x_type) ||
+      !is_float(p.y_type))
+    return wrong("is for floats of 16 and 32 bits");
+  if (kind < 0 || kind > 3 || table.size() != 16 || group < kBlock32 || group % kBlock32 != 0)
+    return wrong("needs a kind of codes, 16 levels and groups of a multiple of 32");
+  p.kind = static_cast<Codes>(kind);
+  const int64_t columns = cs[2] * (p.kind == Codes::kNibbles || p.kind == Codes::kTable ? 2 : 1);
+  const bool parts = read(scale, experts, n, &p.scale) && read(super_scale, experts, n, &p.super_scale) &&
+                     read(zero, experts, n, &p.zero) && read(offset, experts, n, &p.offset) &&
+                     read(super_offset, experts, n, &p.super_offset);
+  const int64_t groups = (k + group - 1) / group;
+  if (!parts || columns < k || p.scale.count < groups || (p.zero.data && p.zero.count < groups) ||
+      (p.offset.data && p.offset.count < groups) || !divides(p.super_scale, p.scale) ||
+      !divides(p.super_offset, p.offset))
+    return wrong("has parts that do not fit");
+  const auto chosen = static_cast<int64_t>(expert.element_count());
+  if (chosen == 0 ? experts != 1 : chosen != m) return wrong("takes an expert for every row, or one for all");
+
+  int16_t levels[16];
+  for (size_t i = 0; i < 16; ++i) levels[i] = static_cast<int16_t>(table[i]);
+  p.x = x.untyped_data(), p.y = y->untyped_data(), p.m = m, p.n = n, p.k = k;
+  p.codes = static_cast<const uint8_t*>(codes.untyped_data()), p.row_bytes = cs[2];
+  p.center = center, p.factor = factor, p.table = levels, p.group = group;
+  Team team(pool, threads);
+  if (chosen == 0) {
+    packed_matmul(p, static_cast<int>(level), team);
+    return ffi::Error::Success();
+  }
+  const int32_t* owner = expert.typed_data();
+  for (int64_t i = 0, next; i < m; i = next) {
+    if (owner[i] < 0 || owner[i] >= experts) return wrong("has a row for an expert that is not there");
+    for (next = i + 1; next < m && owner[next] == owner[i];) ++next;
+    packed_matmul(of_rows(of_expert(p, owner[i]), i, next - i), static_cast<int>(level), team);
+  }
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace jaxllm
+
+#pragma GCC visibility push(default)
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxllm_packed, jaxllm::packed_call,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Attr<int64_t>("kind")
+                                  .Attr<int64_t>("center")
+                                  .Attr<int64_t>("group")
+                                  .Attr<float>("factor")
+                                  .Attr<xla::ffi::Span<const int64_t>>("table")
+                                  .Attr<int64_t>("level")
+                                  .Attr<int64_t>("threads"));
+
+#pragma GCC visibility pop
