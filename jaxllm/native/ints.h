@@ -10,6 +10,7 @@ namespace jaxllm::JAXLLM_LEVEL {
 static inline W set_int(int32_t i) { return _mm512_set1_epi32(i); }
 static inline W both(W a, W b) { return _mm512_and_si512(a, b); }
 static inline W either(W a, W b) { return _mm512_xor_si512(a, b); }
+static inline W plus(W a, W b) { return _mm512_add_epi32(a, b); }
 template <int N>
 static inline W right(W a) {
   return _mm512_srli_epi32(a, N);
@@ -18,6 +19,7 @@ static inline void store(uint32_t* p, W a) { _mm512_storeu_si512(p, a); }
 // sums + a * b, the products of both halves of a lane added to it
 static inline W dot(W sums, W a, W b) { return _mm512_dpwssd_epi32(sums, a, b); }
 static inline V as_float(W a) { return _mm512_cvtepi32_ps(a); }
+static inline float highest(V a) { return _mm512_reduce_max_ps(a); }
 
 class Table {
  public:
@@ -62,6 +64,7 @@ static inline void turn(W r[16]) {
 static inline W set_int(int32_t i) { return _mm256_set1_epi32(i); }
 static inline W both(W a, W b) { return _mm256_and_si256(a, b); }
 static inline W either(W a, W b) { return _mm256_xor_si256(a, b); }
+static inline W plus(W a, W b) { return _mm256_add_epi32(a, b); }
 template <int N>
 static inline W right(W a) {
   return _mm256_srli_epi32(a, N);
@@ -117,6 +120,7 @@ static inline W set_int(int32_t i) {
 }
 static inline W both(W a, W b) { return a & b; }
 static inline W either(W a, W b) { return a ^ b; }
+static inline W plus(W a, W b) { return a + b; }
 template <int N>
 static inline W right(W a) {
   return a >> N;
@@ -157,6 +161,12 @@ static inline void turn(W r[4]) {
 
 #endif
 
-static inline V as_bits_float(W a) { return reinterpret_cast<V>(a); }
+#if !defined(__AVX512F__)
+static inline float highest(V a) {
+  float found = a[0];
+  for (int i = 1; i < kLanes; ++i) found = a[i] > found ? a[i] : found;
+  return found;
+}
+#endif
 
 }  // namespace jaxllm::JAXLLM_LEVEL

@@ -36,10 +36,10 @@ Kernel kernel(Level level) {
 Rounded room(const Packed& p) {
   static thread_local Scratch memory;
   Rounded x{};
-  x.blocks = up(p.k, kBlock32), x.parts = p.x_type == Number::kF32 ? 2 : 1;
+  x.blocks = up(p.k, p.width), x.parts = p.x_type == Number::kF32 ? 2 : 1;
   const int64_t count = p.m * x.parts * x.blocks;
-  x.values = memory.get<int16_t>(count * (kBlock32 + 6));
-  x.scale = reinterpret_cast<float*>(x.values + count * kBlock32);
+  x.values = memory.get<int16_t>(count * (p.width + 6));
+  x.scale = reinterpret_cast<float*>(x.values + count * p.width);
   x.sum = x.scale + count;
   x.start = reinterpret_cast<int32_t*>(x.sum + count);
   return x;

@@ -1,6 +1,6 @@
 // y [m, n] = x [m, k] times packed weights [n, k] transposed.
 //
-// Activations are taken 32 at a time as whole numbers of 16 bits times a power of two, so that the sum of a block
+// Activations are taken 32 (or 16) at a time as whole numbers of 16 bits times a power of two, so that the sum of a block
 // is a whole number: exact, in whatever order an instruction set adds it. The blocks' sums are then scaled and
 // added from left to right in f32. So a row's bits depend on k and the format alone, as in matmul.h, and the error
 // beyond the format's own is 2^-16 of the largest activation of each block. A row of f32 is taken as two: its
@@ -12,8 +12,6 @@
 #include "matmul.h"
 
 namespace jaxllm {
-
-inline constexpr int64_t kBlock32 = 32;  // activations that share a scale
 
 // What scales and zeros may be stored as.
 enum class Number : int { kF32 = 0, kBF16 = 1, kF16 = 2, kU8 = 3, kS8 = 4, kE8M0 = 5, kE4M3 = 6 };
@@ -31,6 +29,7 @@ enum class Codes : int {
   kTable = 1,    // 4 bits, and the number is table[code]
   kBytes = 2,    // a byte
   kSigned = 3,   // a signed byte; `center` has 128 more for it
+  kFields = 4,   // fields of `low_bits`, the lowest first, and above them fields of `high_bits` of another array
 };
 
 // weight = (number - center - zero) * factor * scale * super_scale + offset * super_offset
@@ -41,15 +40,19 @@ struct Packed {
   int64_t m, n, k;
   const uint8_t* codes;  // [n, row_bytes]
   int64_t row_bytes;
+  const uint8_t* high;  // [n, high_bytes], of kFields
+  int64_t high_bytes;
+  int low_bits, high_bits;
   Codes kind;
   int64_t center;
   float factor;
   const int16_t* table;  // [16]
-  int64_t group;         // columns that share a scale, a multiple of 32
+  int64_t group;         // columns that share a scale, a multiple of width
+  int64_t width;         // activations that are rounded together: 32, or 16
   Numbers scale, super_scale, zero, offset, super_offset;
 };
 
-// x as the kernels read it: `values` [m * parts, blocks, 32] in the order in which codes leave a word, and for
+// x as the kernels read it: `values` [m * parts, blocks, width] in the order in which codes leave a word, and for
 // each block its scale, its sum, and minus the center times its sum.
 struct Rounded {
   int16_t* values;

@@ -9,13 +9,14 @@ import numpy as np
 from jaxllm import native
 from jaxllm.quant import QTensor
 from jaxllm.quant.formats import LEVELS
+from jaxllm.quant.qtensor import PLANES
 
 Array = jax.Array
 
 ACTIVATIONS = (jnp.float32, jnp.bfloat16, jnp.float16)
 NUMBERS = ("float32", "bfloat16", "float16", "uint8", "int8", "float8_e8m0fnu", "float8_e4m3fn")
-BLOCK = 32  # columns that the kernels take together, as in packed.h
-NIBBLES, TABLE, BYTES, SIGNED = range(4)  # as in packed.h
+BLOCK = 16  # columns that the kernels take together, or twice as many, as in packed.h
+NIBBLES, TABLE, BYTES, SIGNED, FIELDS = range(5)  # as in packed.h
 MOST = 2047  # of a level in a table: 32 times it times an activation of 16 bits is a whole number of 32 bits
 WHOLE = {"e2m1": 2, "iq4": 1}  # what levels are multiplied by to be whole numbers; others take two tables
 
@@ -25,8 +26,6 @@ def refuses(x: Array, q: QTensor) -> str | None:
     f = q.format
     if f.activations:
         return f"{f.name} rounds activations in its own way"
-    if f.bits not in (4, 8) or q.high is not None:
-        return f"it has codes of 4 and 8 bits, not the {f.bits} of {f.name}"
     if f.levels != "int" and (f.bits != 4 or f.levels not in LEVELS):
         return f"it has whole numbers and tables of 16 levels, not the {f.levels} of {f.name}"
     if x.dtype not in ACTIVATIONS:
@@ -49,13 +48,13 @@ def _refuses_numbers(q: QTensor) -> str | None:
 
 def _group(q: QTensor) -> int:
     """Columns that share a scale."""
-    return q.codes.shape[-1] * 8 // q.format.bits // q.scale.shape[-1]
+    return q.codes.shape[-1] * 8 // PLANES[q.format.bits][0] // q.scale.shape[-1]
 
 
 def matmul(x: Array, q: QTensor, out: jnp.dtype, *, most: str | None = None, threads: int | None = None) -> Array:
     """x [m, in] times q [out, in] transposed -> [m, out] in `out`. q has no order: it is x's columns by then.
 
-    Activations are rounded to 16 bits in blocks of 32 (at most 2^-16 of the largest in the block; of float32
+    Activations are rounded to 16 bits in blocks of 32 or 16 (at most 2^-16 of the largest in the block; of float32
     what that lacks is taken too), summed exactly, scaled and added in f32 from left to right: a row's bits do not
     depend on the other rows, nor on the threads. A block with an activation that is not finite makes NaN.
     most: the highest of native.LEVELS to use.
@@ -73,7 +72,7 @@ def grouped(x: Array, q: QTensor, expert: Array, *, most: str | None = None, thr
 
 def _call(x: Array, expert: Array, q: QTensor, out: jnp.dtype, most: str | None, threads: int | None) -> Array:
     none = jnp.zeros(0, jnp.float32)
-    names = ("scale", "super_scale", "zero", "offset", "super_offset")
+    names = ("high", "scale", "super_scale", "zero", "offset", "super_offset")
     parts = [none if getattr(q, name) is None else getattr(q, name) for name in names]
     tables = _tables(q)
     made = out if out in ACTIVATIONS and len(tables) == 1 else jnp.float32
@@ -92,8 +91,11 @@ def _codes(q: QTensor) -> dict[str, np.int64]:
     elif q.format.bits == 8:
         signed = q.codes.dtype == jnp.int8
         kind, center = (SIGNED, center + 128) if signed else (BYTES, center)
-    group = _group(q) if q.scale.shape[-1] > 1 else -(-q.columns // BLOCK) * BLOCK
-    return {name: np.int64(value) for name, value in dict(kind=kind, center=center, group=group).items()}
+    elif q.format.bits != 4:
+        kind = FIELDS
+    group = _group(q) if q.scale.shape[-1] > 1 else -(-q.columns // 32) * 32
+    numbers = dict(kind=kind, center=center, bits=q.format.bits, group=group)
+    return {name: np.int64(value) for name, value in numbers.items()}
 
 
 def _tables(q: QTensor) -> list[tuple[np.float32, np.ndarray]]:

@@ -37,6 +37,25 @@ bool read(ffi::AnyBuffer b, int64_t experts, int64_t n, Numbers* to) {
   return true;
 }
 
+// Codes of `bits` [experts, n, bytes]; kFields have those above the first field in `high`, where it is not empty.
+bool read_codes(ffi::AnyBuffer codes, ffi::AnyBuffer high, int64_t bits, Packed* p) {
+  const auto sizes = codes.dimensions(), above = high.dimensions();
+  if (codes.size_bytes() != codes.element_count()) return false;
+  p->codes = static_cast<const uint8_t*>(codes.untyped_data()), p->row_bytes = sizes[2];
+  if (p->kind != Codes::kFields) {
+    p->low_bits = p->kind == Codes::kNibbles || p->kind == Codes::kTable ? 4 : 8;
+    return bits == p->low_bits && high.element_count() == 0;
+  }
+  p->low_bits = bits >= 4 ? 4 : bits >= 2 ? 2 : 1;
+  p->high_bits = static_cast<int>(bits) - p->low_bits;
+  if (p->high_bits == 0) return high.element_count() == 0;
+  if (bits > 6 || above.size() != 3 || above[0] != sizes[0] || above[1] != sizes[1] ||
+      high.size_bytes() != high.element_count() || above[2] * p->low_bits < sizes[2] * p->high_bits)
+    return high.element_count() == 0 && codes.element_count() == 0;
+  p->high = static_cast<const uint8_t*>(high.untyped_data()), p->high_bytes = above[2];
+  return true;
+}
+
 bool divides(const Numbers& few, const Numbers& many) {
   return few.data == nullptr || (few.count > 0 && many.count % few.count == 0);
 }
@@ -49,6 +68,7 @@ void move(Numbers* t, int64_t rows) {
 Packed of_expert(Packed p, int64_t expert) {
   const int64_t rows = expert * p.n;
   p.codes += rows * p.row_bytes;
+  if (p.high) p.high += rows * p.high_bytes;
   for (Numbers* t : {&p.scale, &p.super_scale, &p.zero, &p.offset, &p.super_offset}) move(t, rows);
   return p;
 }
@@ -62,9 +82,9 @@ Packed of_rows(Packed p, int64_t first, int64_t count) {
 }
 
 ffi::Error packed_call(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> expert, ffi::AnyBuffer codes,
-                       ffi::AnyBuffer scale, ffi::AnyBuffer super_scale, ffi::AnyBuffer zero, ffi::AnyBuffer offset,
+                       ffi::AnyBuffer high, ffi::AnyBuffer scale, ffi::AnyBuffer super_scale, ffi::AnyBuffer zero, ffi::AnyBuffer offset,
                        ffi::AnyBuffer super_offset, ffi::Result<ffi::AnyBuffer> y, int64_t kind, int64_t center,
-                       int64_t group, float factor, ffi::Span<const int64_t> table, int64_t level,
+                       int64_t bits, int64_t group, float factor, ffi::Span<const int64_t> table, int64_t level,
                        int64_t threads) {
   const auto xs = x.dimensions(), cs = codes.dimensions(), ys = y->dimensions();
   if (xs.size() != 2 || cs.size() != 3 || ys.size() != 2 || ys[0] != xs[0] || ys[1] != cs[1])
@@ -74,10 +94,11 @@ ffi::Error packed_call(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::
   if (!known(x.element_type(), &p.x_type) || !known(y->element_type(), &p.y_type) || !is_float(p.x_type) ||
       !is_float(p.y_type))
     return wrong("is for floats of 16 and 32 bits");
-  if (kind < 0 || kind > 3 || table.size() != 16 || group < kBlock32 || group % kBlock32 != 0)
-    return wrong("needs a kind of codes, 16 levels and groups of a multiple of 32");
+  if (kind < 0 || kind > 4 || table.size() != 16 || group < 16 || group % 16 != 0)
+    return wrong("needs a kind of codes, 16 levels and groups of a multiple of 16");
   p.kind = static_cast<Codes>(kind);
-  const int64_t columns = cs[2] * (p.kind == Codes::kNibbles || p.kind == Codes::kTable ? 2 : 1);
+  if (!read_codes(codes, high, bits, &p)) return wrong("has codes that do not fit");
+  const int64_t columns = cs[2] * 8 / p.low_bits;
   const bool parts = read(scale, experts, n, &p.scale) && read(super_scale, experts, n, &p.super_scale) &&
                      read(zero, experts, n, &p.zero) && read(offset, experts, n, &p.offset) &&
                      read(super_offset, experts, n, &p.super_offset);
@@ -92,8 +113,7 @@ ffi::Error packed_call(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::
   int16_t levels[16];
   for (size_t i = 0; i < 16; ++i) levels[i] = static_cast<int16_t>(table[i]);
   p.x = x.untyped_data(), p.y = y->untyped_data(), p.m = m, p.n = n, p.k = k;
-  p.codes = static_cast<const uint8_t*>(codes.untyped_data()), p.row_bytes = cs[2];
-  p.center = center, p.factor = factor, p.table = levels, p.group = group;
+  p.center = center, p.factor = factor, p.table = levels, p.group = group, p.width = group % 32 == 0 ? 32 : 16;
   Team team(pool, threads);
   if (chosen == 0) {
     packed_matmul(p, static_cast<int>(level), team);
@@ -124,9 +144,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxllm_packed, jaxllm::packed_call,
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
                                   .Ret<xla::ffi::AnyBuffer>()
                                   .Attr<int64_t>("kind")
                                   .Attr<int64_t>("center")
+                                  .Attr<int64_t>("bits")
                                   .Attr<int64_t>("group")
                                   .Attr<float>("factor")
                                   .Attr<xla::ffi::Span<const int64_t>>("table")

@@ -1,4 +1,6 @@
 // Products with packed weights: the rows of w lie across the lanes. Compiled once for each level.
+#include <algorithm>
+
 #include "ints.h"
 #include "packed.h"
 
@@ -7,6 +9,8 @@ namespace {
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t up(int64_t a, int64_t unit) { return (a + unit - 1) / unit * unit; }
+
+constexpr int64_t kMostWidth = 32;
 
 // ---- numbers of other types --------------------------------------------------------------------------------
 
@@ -108,42 +112,48 @@ void write(void* to, Number type, int64_t at, V v, int64_t count) {
 float unit_of(float most) {
   uint32_t bits;
   std::memcpy(&bits, &most, sizeof bits);
-  const uint32_t exponent = bits >> 23;
+  const uint32_t exponent = bits >> 23 & 255;  // without the sign: -0 is a zero
   if (exponent >= 255) return of_e8m0(255);
   return of_e8m0(static_cast<uint8_t>(exponent < 40 ? 26 : exponent - 14));
 }
 
 // Where column i of a block goes: see the order in which `Nibbles` and `Bytes` take codes from a word.
-int64_t place(bool bytes, int64_t i) {
+constexpr int64_t place(bool bytes, int64_t i) {
   return bytes ? (i & ~int64_t{3}) + (i & 1) * 2 + (i >> 1 & 1) : (i & ~int64_t{7}) + (i & 3) * 2 + (i >> 2 & 1);
 }
 
-// Leaves in `values` what the whole numbers lack.
-void round_block(float* values, bool bytes, int16_t* to, float* unit, int32_t* sum) {
-  V most = set(0);
-  for (int64_t i = 0; i < kBlock32; i += kLanes) {
+template <bool kBytes>
+void put_in_place(const uint32_t* bits, int64_t width, int16_t* to) {
+  for (; width > 0; width -= 8, bits += 8, to += 8) {
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < 8; ++i) to[place(kBytes, i)] = static_cast<int16_t>(bits[i]);
+  }
+}
+
+// Whole numbers of 16 bits in `to`, what they lack in `values`.
+void round_block(float* values, int64_t width, bool bytes, int16_t* to, float* unit, float* sum) {
+  V most = set(0), odd = set(0);
+  for (int64_t i = 0; i < width; i += kLanes) {
     const V v = load(values + i);
     most = max(max(most, set(0) - v), v);
+    odd = fma(v, set(0), odd);  // NaN where one is not finite
   }
-  float each[kLanes], largest = 0, odd = 0;
-  store(each, most);
-  for (float e : each) largest = e > largest ? e : largest;
-  for (int64_t i = 0; i < kBlock32; ++i) odd += values[i] * 0;  // NaN where one is not finite
-  *unit = odd == 0 ? unit_of(largest) : of_e8m0(255);
+  *unit = same(odd, set(0)) ? unit_of(highest(most)) : of_e8m0(255);
   *sum = 0;
-  const bool finite = *unit == *unit;
-  const float inverse = finite ? 1 / *unit : 0;
-  for (int64_t i = 0; i < kBlock32; ++i) {
-    // Adding 1.5 * 2^23 rounds to a whole number and leaves it in the lower bits.
-    const float shifted = (finite ? values[i] * inverse : 0) + 12582912.0f;
-    int32_t whole;
-    std::memcpy(&whole, &shifted, sizeof whole);
-    whole -= 0x4b400000;
-    whole = whole > 32767 ? 32767 : whole < -32767 ? -32767 : whole;
-    *sum += whole;
-    to[place(bytes, i)] = static_cast<int16_t>(whole);
-    values[i] -= static_cast<float>(whole) * *unit;
+  if (*unit != *unit) return std::fill(to, to + width, int16_t{0});
+  const V size = set(*unit), inverse = set(1 / *unit), shift = set(12582912.0f);  // 1.5 * 2^23
+  uint32_t bits[kMostWidth];
+  V total = set(0);
+  for (int64_t i = 0; i < width; i += kLanes) {
+    const V v = load(values + i);
+    // Adding `shift` rounds to a whole number and leaves it in the lower bits.
+    const V shifted = max(set(-32767), min(set(32767), v * inverse)) + shift, whole = shifted - shift;
+    store(reinterpret_cast<float*>(bits + i), shifted);
+    store(values + i, fma(set(0) - whole, size, v));
+    total = total + whole;
   }
+  *sum = jaxllm::JAXLLM_LEVEL::sum(total);
+  bytes ? put_in_place<true>(bits, width, to) : put_in_place<false>(bits, width, to);
 }
 
 // ---- strips of weights -------------------------------------------------------------------------------------
@@ -176,13 +186,14 @@ struct Bytes {
   }
 };
 
-bool has_bytes(const Packed& p) { return p.kind == Codes::kBytes || p.kind == Codes::kSigned; }
-int64_t blocks_of(const Packed& p) { return up(p.k, kBlock32) / kBlock32; }
-int64_t words_of(const Packed& p) { return blocks_of(p) * (has_bytes(p) ? 8 : 4); }  // of a row
+bool has_bytes(const Packed& p) { return p.kind != Codes::kNibbles && p.kind != Codes::kTable; }
+int64_t words_of(const Packed& p) { return up(p.k, p.width) / (has_bytes(p) ? 4 : 8); }  // of a row
+int64_t padded_words(const Packed& p) { return up(words_of(p), kLanes); }
 
 // kLanes rows of weights with their words and numbers turned round: [.., kLanes].
 struct Strip {
   uint32_t* words;
+  uint8_t* bytes;  // room for codes of a byte made of kFields
   float *scale, *zero, *offset;
 };
 
@@ -194,7 +205,9 @@ Strip strip_in(const Packed& p, void* memory) {
   char* at = static_cast<char*>(memory);
   Strip s{};
   s.words = reinterpret_cast<uint32_t*>(at);
-  at += up(words_of(p), kLanes) * kLanes * 4;
+  at += padded_words(p) * kLanes * 4;
+  s.bytes = reinterpret_cast<uint8_t*>(at);
+  at += p.kind == Codes::kFields ? padded_words(p) * kLanes * 4 : 0;
   s.scale = reinterpret_cast<float*>(at);
   at += numbers_bytes(p.scale, p.super_scale);
   s.zero = p.zero.data ? reinterpret_cast<float*>(at) : nullptr;
@@ -203,34 +216,80 @@ Strip strip_in(const Packed& p, void* memory) {
   return s;
 }
 
+// Rows of codes in memory, `bytes` each.
+struct Lines {
+  const uint8_t* data;
+  int64_t bytes;
+  const uint8_t* at(int64_t row, int64_t word) const { return data + row * bytes + 4 * word; }
+};
+
+// to += code << shift of the fields of `bits` in count columns.
+template <int kBits>
+void add_fields(const uint8_t* fields, int shift, int64_t count, uint8_t* to) {
+  constexpr int kPer = 8 / kBits;
+  for (int64_t i = 0; i < count / kPer; ++i)
+    for (int j = 0; j < kPer; ++j)
+      to[i * kPer + j] = static_cast<uint8_t>(to[i * kPer + j] + ((fields[i] >> kBits * j & ((1 << kBits) - 1)) << shift));
+}
+
+void add_fields(int bits, const uint8_t* fields, int shift, int64_t count, uint8_t* to) {
+  if (bits == 1) add_fields<1>(fields, shift, count, to);
+  if (bits == 2) add_fields<2>(fields, shift, count, to);
+  if (bits == 4) add_fields<4>(fields, shift, count, to);
+}
+
+// Rows n to n + rows as the strip takes them: where they lie, or made bytes first.
+Lines lines(const Packed& p, int64_t n, int64_t rows, const Strip& s) {
+  if (p.kind != Codes::kFields) return {p.codes + n * p.row_bytes, p.row_bytes};
+  const int64_t bytes = 4 * padded_words(p);
+  const int64_t columns = least(up(p.k, p.width), p.row_bytes * 8 / p.low_bits);
+  std::fill(s.bytes, s.bytes + rows * bytes, uint8_t{0});
+  for (int64_t i = 0; i < rows; ++i) {
+    add_fields(p.low_bits, p.codes + (n + i) * p.row_bytes, 0, columns, s.bytes + i * bytes);
+    if (p.high) add_fields(p.high_bits, p.high + (n + i) * p.high_bytes, p.low_bits, columns, s.bytes + i * bytes);
+  }
+  return {s.bytes, bytes};
+}
+
 // Words w to w + kLanes of a row, zeros beyond its end.
-W words_at(const Packed& p, int64_t row, int64_t w) {
-  const uint8_t* from = p.codes + row * p.row_bytes + 4 * w;
-  const int64_t left = p.row_bytes - 4 * w;
-  if (left >= 4 * kLanes) return load(reinterpret_cast<const uint32_t*>(from));
+W words_at(const Lines& l, int64_t row, int64_t w) {
+  const int64_t left = l.bytes - 4 * w;
+  if (left >= 4 * kLanes) return load(reinterpret_cast<const uint32_t*>(l.at(row, w)));
   uint32_t some[kLanes] = {};
-  if (left > 0) std::memcpy(some, from, static_cast<size_t>(left));
+  if (left > 0) std::memcpy(some, l.at(row, w), static_cast<size_t>(left));
   return load(some);
 }
 
-void turn_words(const Packed& p, int64_t n, int64_t rows, uint32_t* to) {
-  const W flip = set_int(p.kind == Codes::kSigned ? static_cast<int32_t>(0x80808080u) : 0);
-  for (int64_t w = 0; w < words_of(p); w += kLanes) {
-    W r[kLanes];
-    for (int64_t i = 0; i < kLanes; ++i) r[i] = i < rows ? either(words_at(p, n + i, w), flip) : set_int(0);
-    turn(r);
-    for (int64_t i = 0; i < kLanes; ++i) store(to + (w + i) * kLanes, r[i]);
+// to [16, lanes] = row(i) of every lane i, turned round; zeros where there are fewer rows.
+template <typename F>
+inline void turn_rows(int64_t rows, uint32_t* to, const F& row) {
+  W r[kLanes];
+  if (rows == kLanes) {
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kLanes; ++i) r[i] = row(i);
+  } else {
+    for (int64_t i = 0; i < kLanes; ++i) r[i] = i < rows ? row(i) : set_int(0);
   }
+  turn(r);
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < kLanes; ++i) store(to + i * kLanes, r[i]);
+}
+
+void turn_words(const Packed& p, const Lines& l, int64_t rows, uint32_t* to) {
+  const W flip = set_int(p.kind == Codes::kSigned ? static_cast<int32_t>(0x80808080u) : 0);
+  int64_t w = 0;
+  for (; w < words_of(p) && 4 * (w + kLanes) <= l.bytes; w += kLanes)
+    turn_rows(rows, to + w * kLanes,
+              [&](int64_t i) { return either(load(reinterpret_cast<const uint32_t*>(l.at(i, w))), flip); });
+  for (; w < words_of(p); w += kLanes)
+    turn_rows(rows, to + w * kLanes, [&](int64_t i) { return either(words_at(l, i, w), flip); });
 }
 
 void turn_numbers(const Numbers& t, int64_t n, int64_t rows, float* to) {
-  for (int64_t g = 0; g < t.count; g += kLanes) {
-    W r[kLanes];
-    for (int64_t i = 0; i < kLanes; ++i)
-      r[i] = i < rows ? reinterpret_cast<W>(numbers(t, (n + i) * t.count + g, t.count - g)) : set_int(0);
-    turn(r);
-    for (int64_t i = 0; i < kLanes; ++i) store(to + (g + i) * kLanes, as_bits_float(r[i]));
-  }
+  for (int64_t g = 0; g < t.count; g += kLanes)
+    turn_rows(rows, reinterpret_cast<uint32_t*>(to) + g * kLanes, [&](int64_t i) {
+      return reinterpret_cast<W>(numbers(t, (n + i) * t.count + g, t.count - g));
+    });
 }
 
 void turn_scaled(const Numbers& t, const Numbers& above, float factor, int64_t n, int64_t rows, float* to) {
@@ -245,7 +304,7 @@ void turn_scaled(const Numbers& t, const Numbers& above, float factor, int64_t n
 }
 
 void fill(const Packed& p, int64_t n, int64_t rows, const Strip& s) {
-  turn_words(p, n, rows, s.words);
+  turn_words(p, lines(p, n, rows, s), rows, s.words);
   turn_scaled(p.scale, p.super_scale, p.factor, n, rows, s.scale);
   if (s.zero) turn_numbers(p.zero, n, rows, s.zero);
   if (s.offset) turn_scaled(p.offset, p.super_offset, 1, n, rows, s.offset);
@@ -256,47 +315,73 @@ void fill(const Packed& p, int64_t n, int64_t rows, const Strip& s) {
 // What to fetch while a strip is at work: the next one, a line with every word.
 class Next {
  public:
-  Next(const Packed& p, int64_t n) : p_(n + 2 * kLanes <= p.n ? &p : nullptr), n_(n + kLanes) {}
-  void some(int64_t word) const {
-    if (p_ == nullptr || word % 16 >= kLanes) return;
-    __builtin_prefetch(p_->codes + (n_ + word % 16) * p_->row_bytes + word / 16 * 64, 0, 2);
+  Next(const Packed& p, int64_t n) : rows_(n + kLanes), p_(n + 2 * kLanes <= p.n && p.kind != Codes::kFields ? &p : nullptr) {}
+
+  // The lines that go with `count` words from `word` on, which does not cross a multiple of 16.
+  void some(int64_t word, int64_t count) const {
+    if (p_ == nullptr) return;
+    const uint8_t* line = p_->codes + (rows_ + word % 16) * p_->row_bytes + word / 16 * 64;
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < count; ++i)
+      if (kLanes == 16 || word % 16 + i < kLanes) __builtin_prefetch(line + i * p_->row_bytes, 0, 2);
   }
 
  private:
+  int64_t rows_;
   const Packed* p_;
-  int64_t n_;
 };
 
-// sums + the products of word's codes with those of x: R rows of 16-bit pairs, `stride` 32-bit words apart.
-template <int R, typename C, int J = 0>
-inline void add_word(const C& codes, W word, const int32_t* x, int64_t stride, W* sums) {
+// sums + the products of a word's codes with those of x: R rows of 16-bit pairs, `stride` words of 32 bits apart.
+// Few rows have several sums each, for one would wait for itself.
+template <int R, int Sums, typename C, int J = 0>
+inline void add_word(const C& codes, W word, const int32_t* x, int64_t stride, W (&sums)[Sums][R]) {
   if constexpr (J < C::kPairs) {
     const W pair = codes.template pair<J>(word);
-    for (int i = 0; i < R; ++i) sums[i] = dot(sums[i], pair, set_int(x[i * stride + J]));
-    add_word<R, C, J + 1>(codes, word, x, stride, sums);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) sums[J % Sums][i] = dot(sums[J % Sums][i], pair, set_int(x[i * stride + J]));
+    add_word<R, Sums, C, J + 1>(codes, word, x, stride, sums);
+  }
+}
+
+// Whole sums of block b for R rows of x.
+template <int R, int Width, typename C>
+inline void add_block(const C& codes, const Rounded& x, const uint32_t* words, int64_t m, int64_t b, W* to) {
+  constexpr int kWords = Width / 2 / C::kPairs, kSums = R < 4 && C::kPairs > 2 ? 4 : R < 4 ? 2 : 1;
+  const int64_t stride = x.blocks * (Width / 2);
+  const auto* values = reinterpret_cast<const int32_t*>(x.values) + m * stride + b * (Width / 2);
+  W sums[kSums][R];
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i) {
+    sums[0][i] = set_int(x.start[(m + i) * x.blocks + b]);
+    for (int j = 1; j < kSums; ++j) sums[j][i] = set_int(0);
+  }
+#pragma GCC unroll 8
+  for (int64_t w = 0; w < kWords; ++w)
+    add_word<R, kSums>(codes, load(words + (b * kWords + w) * kLanes), values + w * C::kPairs, stride, sums);
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i) {
+    to[i] = sums[0][i];
+    for (int j = 1; j < kSums; ++j) to[i] = plus(to[i], sums[j][i]);
   }
 }
 
 // Rows m to m + R of x against the strip's rows n to n + rows.
-template <int R, typename C>
+template <int R, int Width, typename C>
 void some_rows(const Packed& p, const Rounded& x, const Strip& s, int64_t m, int64_t n, int64_t rows, bool fetch) {
-  constexpr int kWords = 16 / C::kPairs;  // in a block
+  constexpr int kWords = Width / 2 / C::kPairs;  // in a block
   const C codes(p);
   const Next next(p, fetch ? n : p.n);
-  const auto* values = reinterpret_cast<const int32_t*>(x.values) + m * x.blocks * 16;
-  const int64_t stride = x.blocks * 16, at = m * x.blocks, a_group = p.group / kBlock32;
+  const int64_t a_group = p.group / Width;
   V totals[R];
   for (V& t : totals) t = set(0);
   for (int64_t b = 0, g = 0, left = a_group; b < x.blocks; ++b) {
+    next.some(b * kWords, kWords);
     W sums[R];
-    for (int i = 0; i < R; ++i) sums[i] = set_int(x.start[at + i * x.blocks + b]);
-    for (int64_t w = b * kWords; w < (b + 1) * kWords; ++w) {
-      next.some(w);
-      add_word<R>(codes, load(s.words + w * kLanes), values + w * C::kPairs, stride, sums);
-    }
+    add_block<R, Width>(codes, x, s.words, m, b, sums);
     const V scale = load(s.scale + g * kLanes);
+#pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
-      const int64_t j = at + i * x.blocks + b;
+      const int64_t j = (m + i) * x.blocks + b;
       const V unit = set(x.scale[j]);
       V sum = as_float(sums[i]);
       if (s.zero) sum = fma(set(-x.sum[j]), load(s.zero + g * kLanes), sum);
@@ -311,15 +396,15 @@ void some_rows(const Packed& p, const Rounded& x, const Strip& s, int64_t m, int
   }
 }
 
-template <typename C>
+template <int Width, typename C>
 void strip(const Packed& p, const Rounded& x, const Strip& s, int64_t m0, int64_t m1, int64_t n, int64_t rows) {
   constexpr int kMost = kLanes == 16 ? 8 : 4;
   int64_t m = m0 *= x.parts;
   m1 *= x.parts;
-  for (; m + kMost <= m1; m += kMost) some_rows<kMost, C>(p, x, s, m, n, rows, m == m0);
-  for (; m + 4 <= m1; m += 4) some_rows<4, C>(p, x, s, m, n, rows, m == m0);
-  for (; m + 2 <= m1; m += 2) some_rows<2, C>(p, x, s, m, n, rows, m == m0);
-  for (; m < m1; ++m) some_rows<1, C>(p, x, s, m, n, rows, m == m0);
+  for (; m + kMost <= m1; m += kMost) some_rows<kMost, Width, C>(p, x, s, m, n, rows, m == m0);
+  for (; m + 4 <= m1; m += 4) some_rows<4, Width, C>(p, x, s, m, n, rows, m == m0);
+  for (; m + 2 <= m1; m += 2) some_rows<2, Width, C>(p, x, s, m, n, rows, m == m0);
+  for (; m < m1; ++m) some_rows<1, Width, C>(p, x, s, m, n, rows, m == m0);
 }
 
 template <typename C>
@@ -328,7 +413,7 @@ void strips(const Packed& p, const Rounded& x, int64_t m0, int64_t m1, int64_t n
   for (int64_t n = n0; n < n1; n += kLanes) {
     const int64_t rows = least(kLanes, n1 - n);
     fill(p, n, rows, s);
-    strip<C>(p, x, s, m0, m1, n, rows);
+    p.width == 16 ? strip<16, C>(p, x, s, m0, m1, n, rows) : strip<32, C>(p, x, s, m0, m1, n, rows);
   }
 }
 
@@ -339,21 +424,19 @@ extern const int64_t kStripRows = kLanes;
 void round_row(const Packed& p, int64_t row, const Rounded& x) {
   const Numbers from{p.x, p.x_type, p.k};
   for (int64_t b = 0; b < x.blocks; ++b) {
-    float values[kBlock32];
-    for (int64_t i = 0, k = b * kBlock32; i < kBlock32; i += kLanes, k += kLanes)
+    float values[kMostWidth];
+    for (int64_t i = 0, k = b * p.width; i < p.width; i += kLanes, k += kLanes)
       store(values + i, k < p.k ? numbers(from, row * p.k + k, p.k - k) : set(0));
     for (int64_t part = 0; part < x.parts; ++part) {
       const int64_t at = (row * x.parts + part) * x.blocks + b;
-      int32_t sum;
-      round_block(values, has_bytes(p), x.values + at * kBlock32, x.scale + at, &sum);
-      x.sum[at] = static_cast<float>(sum);
-      x.start[at] = static_cast<int32_t>(-p.center * sum);
+      round_block(values, p.width, has_bytes(p), x.values + at * p.width, x.scale + at, x.sum + at);
+      x.start[at] = static_cast<int32_t>(-p.center * static_cast<int64_t>(x.sum[at]));
     }
   }
 }
 
 int64_t strip_bytes(const Packed& p) {
-  return up(words_of(p), kLanes) * kLanes * 4 + numbers_bytes(p.scale, p.super_scale) + numbers_bytes(p.zero, {}) +
+  return padded_words(p) * kLanes * (p.kind == Codes::kFields ? 8 : 4) + numbers_bytes(p.scale, p.super_scale) + numbers_bytes(p.zero, {}) +
          numbers_bytes(p.offset, p.super_offset);
 }
 
