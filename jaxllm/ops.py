@@ -72,10 +72,27 @@ def _product(x: Array, w: Array, out: jnp.dtype) -> Array:
 
 @functools.partial(_product.defjvp, symbolic_zeros=True)
 def _product_jvp(out, primals, tangents):
-    (x, w), (dx, dw) = primals, tangents
-    parts = [(dx, w)] if not _is_zero(dx) else []
-    parts += [(x, dw)] if not _is_zero(dw) else []
-    return _product(x, w, out), sum(_xla_product(a, b, out) for a, b in parts)
+    return _product(*primals, out), _tangent(functools.partial(_xla_product, out=out), primals, tangents)
+
+
+def _tangent(definition: Callable, primals: tuple, tangents: tuple) -> Array:
+    """That of definition(*primals). What does not move is closed over, so that a frozen weight costs nothing."""
+    moves = [not all(map(_is_zero, jax.tree.leaves(t, is_leaf=_is_zero))) for t in tangents]
+
+    def of_moving(*some):
+        some = iter(some)
+        return definition(*(next(some) if m else p for m, p in zip(moves, primals, strict=True)))
+
+    some = [p for m, p in zip(moves, primals, strict=True) if m]
+    filled = [jax.tree.map(_filled, t, is_leaf=_is_zero) for m, t in zip(moves, tangents, strict=True) if m]
+    return jax.jvp(of_moving, some, filled)[1]
+
+
+def _filled(tangent) -> Array | np.ndarray:
+    if not _is_zero(tangent):
+        return tangent
+    zeros = np.zeros if tangent.dtype == jax.dtypes.float0 else jnp.zeros  # float0: of codes, which are integers
+    return zeros(tangent.shape, tangent.dtype)
 
 
 def _is_zero(tangent) -> bool:
@@ -105,28 +122,7 @@ def _packed(x: Array, q: QTensor, out: jnp.dtype) -> Array:
 
 @functools.partial(_packed.defjvp, symbolic_zeros=True)
 def _packed_jvp(out, primals, tangents):
-    tangent = _packed_tangent(products.matmul, primals, tangents)
-    return _packed(*primals, out), tangent.astype(out)
-
-
-def _packed_tangent(definition: Callable, primals: tuple, tangents: tuple) -> Array:
-    """That of `definition(x, q)`, which is linear in x; a frozen q (the usual case) costs nothing."""
-    (x, q), (dx, dq) = primals, tangents
-    frozen = all(map(_is_zero, jax.tree.leaves(dq, is_leaf=_is_zero)))
-    if frozen:
-        return definition(dx, q)
-    filled = jax.tree.map(_filled, (dx, dq), is_leaf=_is_zero)
-    return jax.jvp(definition, (x, q), filled)[1]
-
-
-def _filled(tangent):
-    if not _is_zero(tangent):
-        return tangent
-    return (
-        np.zeros(tangent.shape, tangent.dtype)
-        if tangent.dtype == jax.dtypes.float0
-        else jnp.zeros(tangent.shape, tangent.dtype)
-    )
+    return _packed(*primals, out), _tangent(products.matmul, primals, tangents).astype(out)
 
 
 def gated(x: Array, gate: Array, up: Array, act: str, activate: Callable) -> Array:
@@ -134,27 +130,36 @@ def gated(x: Array, gate: Array, up: Array, act: str, activate: Callable) -> Arr
 
     `activate(act, a, b)` of two f32 arrays is the definition; `act` names it to a kernel that does all at once.
     """
-    plain = isinstance(gate, jax.Array) and isinstance(up, jax.Array)
-    if not plain or _refused(native.refuses_gated(x, gate, up, act)):
+    kernel = _gating(x, gate, up, act)
+    if kernel is None:
         return _gated_apart(x, gate, up, act, activate)
-    y = _gated(x.reshape(-1, x.shape[-1]), gate, up, act, activate)
+    y = _gated(x.reshape(-1, x.shape[-1]), gate, up, act, activate, kernel)
     return y.reshape(*x.shape[:-1], gate.shape[0])
+
+
+def _gating(x: Array, gate: Array | QTensor, up: Array | QTensor, act: str) -> Callable | None:
+    """The kernel that takes these, if there is one."""
+    both = [kind for kind in (QTensor, jax.Array) if isinstance(gate, kind) and isinstance(up, kind)]
+    if not both:
+        return None
+    module = packed if both[0] is QTensor else native
+    return None if _refused(module.refuses_gated(x, gate, up, act)) else module.gated
 
 
 def _gated_apart(x: Array, gate: Array, up: Array, act: str, activate: Callable) -> Array:
     return activate(act, matmul(x, gate, out=jnp.float32), matmul(x, up, out=jnp.float32)).astype(x.dtype)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
-def _gated(x: Array, gate: Array, up: Array, act: str, activate: Callable) -> Array:
-    kernel = functools.partial(native.gated, act=act)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
+def _gated(x: Array, gate: Array | QTensor, up: Array | QTensor, act: str, activate: Callable, kernel) -> Array:
     apart = functools.partial(_gated_apart, act=act, activate=activate)
-    return lax.platform_dependent(x, gate, up, cpu=kernel, default=apart)
+    return lax.platform_dependent(x, gate, up, cpu=functools.partial(kernel, act=act), default=apart)
 
 
-@_gated.defjvp
-def _gated_jvp(act, activate, primals, tangents):
-    return jax.jvp(functools.partial(_gated_apart, act=act, activate=activate), primals, tangents)
+@functools.partial(_gated.defjvp, symbolic_zeros=True)
+def _gated_jvp(act, activate, kernel, primals, tangents):
+    apart = functools.partial(_gated_apart, act=act, activate=activate)
+    return _gated(*primals, act, activate, kernel), _tangent(apart, primals, tangents)
 
 
 def _dot(x: Array, w: Array) -> Array:
@@ -207,7 +212,7 @@ def _packed_grouped(x: Array, q: QTensor, expert: Array) -> Array:
 @functools.partial(_packed_grouped.defjvp, symbolic_zeros=True)
 def _packed_grouped_jvp(primals, tangents):
     definition = functools.partial(_xla_packed_grouped, expert=primals[2])
-    return _packed_grouped(*primals), _packed_tangent(definition, primals[:2], tangents[:2])
+    return _packed_grouped(*primals), _tangent(definition, primals[:2], tangents[:2])
 
 
 @jax.custom_jvp

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxllm import native, ops
+from jaxllm.basics import activate
 from jaxllm.native import packed
 from jaxllm.quant import FORMATS, QTensor, dequantize, encode, products
 from jaxllm.quant.formats import Format
@@ -161,6 +162,41 @@ def test_a_row_has_the_same_bits_in_any_company(level, name, dtype):
         part = product(x[start : start + count], q, out=F32, most=level)
         np.testing.assert_array_equal(part, whole[start : start + count])
     np.testing.assert_array_equal(product(x, q, out=F32, most=level, threads=1), whole)
+
+
+# ---- gated products ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("act", native.ACTIVATIONS)
+@pytest.mark.parametrize("name", ["q4f16_1", "uint4_g32", "mxfp4", "int6_g32", "q4_k"])
+def test_gated_is_the_activation_of_one_product_times_the_other(level, name, act):
+    gated = jax.jit(packed.gated, static_argnames=("act", "most", "threads"))
+    for (m, k, n), dtype in [((1, 512, 40), BF16), ((7, 200, 33), F16), ((21, 96, 16), F32)]:
+        x, gate, up = normal((m, k), dtype) / 64, weight(name, n, k), weight(name, n, k, seed=1)
+        assert packed.refuses_gated(x, gate, up, act) is None
+        wanted = activate(act, *(product(x, q, out=F32, most=level) for q in (gate, up)))
+        got = gated(x, gate, up, act=act, most=level)
+        assert got.dtype == dtype
+        assert (jnp.abs(got.astype(F32) - wanted) <= (jnp.finfo(dtype).eps + 1e-6) * jnp.abs(wanted) + 1e-6).all()
+        alone = [gated(x[i : i + 1], gate, up, act=act, most=level, threads=1) for i in range(m)]
+        np.testing.assert_array_equal(jnp.concatenate(alone), got)
+
+
+@pytest.mark.parametrize("name", ["q4f16_1", "uint4_g32"])
+def test_gated_is_differentiated(built, name):
+    x, gate, up = normal((5, 96)) / 8, weight(name, 20, 96), weight(name, 20, 96, seed=1)
+    loss = lambda f: lambda x, scale: (f(x, replace(gate, scale=scale), up) ** 2).sum()
+    apart = lambda x, gate, up: activate("silu", products.matmul(x, gate), products.matmul(x, up))
+    for number in (0, 1):
+        got = jax.grad(loss(lambda *a: ops.gated(*a, "silu", activate)), number)(x, gate.scale.astype(F32))
+        close(got, jax.grad(loss(apart), number)(x, gate.scale.astype(F32)))
+
+
+def test_gated_refuses_what_differs(built):
+    x, q = normal((2, 64)), weight("q4f16_1", 8, 64)
+    assert "differ" in packed.refuses_gated(x, q, weight("int4_g32", 8, 64), "silu")
+    assert "relu" in packed.refuses_gated(x, q, q, "relu")
+    assert "two tables" in packed.refuses_gated(x, weight("nf4", 8, 64), weight("nf4", 8, 64), "silu")
 
 
 # ---- experts -----------------------------------------------------------------------------------------------

@@ -87,7 +87,15 @@ def _load() -> ctypes.CDLL | str:
         return f"{LIBRARY.name} does not load ({error}); run python -m jaxllm.native.build"
     if made != INTERFACE:
         return f"{LIBRARY.name} was built from other sources; run python -m jaxllm.native.build"
-    for name in ("jaxllm_matmul", "jaxllm_gated", "jaxllm_attend", "jaxllm_put", "jaxllm_keep", "jaxllm_packed"):
+    for name in (
+        "jaxllm_matmul",
+        "jaxllm_gated",
+        "jaxllm_attend",
+        "jaxllm_put",
+        "jaxllm_keep",
+        "jaxllm_packed",
+        "jaxllm_packed_gated",
+    ):
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return library
 

@@ -21,7 +21,7 @@ struct Kernel {
   int64_t strip;
   void (*round_row)(const Packed&, int64_t, const Rounded&);
   int64_t (*strip_bytes)(const Packed&);
-  void (*packed)(const Packed&, const Rounded&, int64_t, int64_t, int64_t, int64_t, void*);
+  void (*packed)(const Packed&, const Packed*, Activation, const Rounded&, int64_t, int64_t, int64_t, int64_t, void*);
 };
 
 Kernel kernel(Level level) {
@@ -52,9 +52,7 @@ int64_t rows_of_piece(const Packed& p, int64_t strip, const Team& team) {
   return up(strips, kPiecesEach * team.size()) * strip;
 }
 
-}  // namespace
-
-void packed_matmul(const Packed& p, int most, Team& team) {
+void multiply(const Packed& p, const Packed* up_weights, Activation activation, int most, Team& team) {
   if (p.m == 0 || p.n == 0) return;
   if (p.k == 0) {
     std::memset(p.y, 0, static_cast<size_t>(p.m * p.n) * (p.y_type == Number::kF32 ? 4 : 2));
@@ -69,9 +67,18 @@ void packed_matmul(const Packed& p, int most, Team& team) {
   team.run(across * up(p.m, columns), [&](int64_t i) {
     static thread_local Scratch memory;
     const int64_t n0 = i % across * rows, m0 = i / across * columns;
-    level.packed(p, x, m0, least(m0 + columns, p.m), n0, least(n0 + rows, p.n),
-                 memory.get<char>(level.strip_bytes(p)));
+    const int64_t bytes = level.strip_bytes(p) + (up_weights ? level.strip_bytes(*up_weights) : 0);
+    level.packed(p, up_weights, activation, x, m0, least(m0 + columns, p.m), n0, least(n0 + rows, p.n),
+                 memory.get<char>(bytes));
   });
+}
+
+}  // namespace
+
+void packed_matmul(const Packed& p, int most, Team& team) { multiply(p, nullptr, Activation::kSilu, most, team); }
+
+void packed_gated(const Packed& p, const Packed& up, Activation activation, int most, Team& team) {
+  multiply(p, &up, activation, most, team);
 }
 
 }  // namespace jaxllm

@@ -64,6 +64,9 @@ struct Rounded {
 class Team;
 void packed_matmul(const Packed& p, int most, Team& team);
 
+// y = activation(x p) * (x up) of weights in one format, rounded once at the end.
+void packed_gated(const Packed& p, const Packed& up, Activation activation, int most, Team& team);
+
 // ---- what each level brings -------------------------------------------------------------------------------
 
 #define JAXLLM_PACKED_LEVEL(level)                                                            \
@@ -71,7 +74,8 @@ void packed_matmul(const Packed& p, int most, Team& team);
   extern const int64_t kStripRows; /* rows of weights taken together */                       \
   void round_row(const Packed& p, int64_t row, const Rounded& x);                             \
   int64_t strip_bytes(const Packed& p); /* of working memory */                               \
-  void packed(const Packed& p, const Rounded& x, int64_t m0, int64_t m1, int64_t n0, int64_t n1, void* memory); \
+  void packed(const Packed& p, const Packed* up, Activation activation, const Rounded& x, int64_t m0, int64_t m1, \
+              int64_t n0, int64_t n1, void* memory);                                          \
   }
 JAXLLM_PACKED_LEVEL(portable)
 JAXLLM_PACKED_LEVEL(avx2)

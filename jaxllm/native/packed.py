@@ -70,17 +70,47 @@ def grouped(x: Array, q: QTensor, expert: Array, *, most: str | None = None, thr
     return _call(x, expert.astype(jnp.int32), q, jnp.float32, most, threads)
 
 
+def refuses_gated(x: Array, gate: QTensor, up: QTensor, act: str) -> str | None:
+    """Why `gated` does not take these; None where it does."""
+    if act not in native.ACTIVATIONS:
+        return f"it knows {' and '.join(native.ACTIVATIONS)}, not {act}"
+    if gate.order is not None or up.order is not None:
+        return "columns are in another order"
+    if jax.tree.map(lambda part: (part.shape, part.dtype), gate) != jax.tree.map(
+        lambda part: (part.shape, part.dtype), up
+    ):
+        return f"gate and up differ: {gate} and {up}"
+    if gate.format.levels != "int" and gate.format.levels not in WHOLE:
+        return f"{gate.format.name} takes two tables"
+    return refuses(x, gate)
+
+
+def gated(
+    x: Array, gate: QTensor, up: QTensor, *, act: str, most: str | None = None, threads: int | None = None
+) -> Array:
+    """act(x gate) * (x up) of x [m, in] and gate, up [out, in] of one format -> [m, out] as x, rounded once."""
+    shape = jax.ShapeDtypeStruct((x.shape[0], gate.codes.shape[0]), x.dtype)
+    call = jax.ffi.ffi_call("jaxllm_packed_gated", shape, vmap_method="sequential")
+    ((factor, table),) = _tables(gate)
+    how = _codes(gate) | native.how(most, threads) | dict(activation=np.int64(native.ACTIVATIONS.index(act)))
+    parts = [part[None] if part.size else part for q in (gate, up) for part in _parts(q)]
+    return call(x, *parts, **how, factor=factor, table=table)
+
+
 def _call(x: Array, expert: Array, q: QTensor, out: jnp.dtype, most: str | None, threads: int | None) -> Array:
-    none = jnp.zeros(0, jnp.float32)
-    names = ("high", "scale", "super_scale", "zero", "offset", "super_offset")
-    parts = [none if getattr(q, name) is None else getattr(q, name) for name in names]
     tables = _tables(q)
     made = out if out in ACTIVATIONS and len(tables) == 1 else jnp.float32
     shape = jax.ShapeDtypeStruct((x.shape[0], q.codes.shape[1]), made)
     call = jax.ffi.ffi_call("jaxllm_packed", shape, vmap_method="sequential")
     how = _codes(q) | native.how(most, threads)
-    y = [call(x, expert, q.codes, *parts, **how, factor=factor, table=table) for factor, table in tables]
+    y = [call(x, expert, *_parts(q), **how, factor=factor, table=table) for factor, table in tables]
     return sum(y[1:], start=y[0]).astype(out)
+
+
+def _parts(q: QTensor) -> list[Array]:
+    none = jnp.zeros(0, jnp.float32)
+    names = ("codes", "high", "scale", "super_scale", "zero", "offset", "super_offset")
+    return [none if getattr(q, name) is None else getattr(q, name) for name in names]
 
 
 def _codes(q: QTensor) -> dict[str, np.int64]:

@@ -81,50 +81,87 @@ Packed of_rows(Packed p, int64_t first, int64_t count) {
   return p;
 }
 
-ffi::Error packed_call(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> expert, ffi::AnyBuffer codes,
-                       ffi::AnyBuffer high, ffi::AnyBuffer scale, ffi::AnyBuffer super_scale, ffi::AnyBuffer zero, ffi::AnyBuffer offset,
-                       ffi::AnyBuffer super_offset, ffi::Result<ffi::AnyBuffer> y, int64_t kind, int64_t center,
-                       int64_t bits, int64_t group, float factor, ffi::Span<const int64_t> table, int64_t level,
-                       int64_t threads) {
-  const auto xs = x.dimensions(), cs = codes.dimensions(), ys = y->dimensions();
-  if (xs.size() != 2 || cs.size() != 3 || ys.size() != 2 || ys[0] != xs[0] || ys[1] != cs[1])
-    return wrong("takes x [m, k], codes [experts, n, bytes] and y [m, n]");
-  const int64_t experts = cs[0], m = xs[0], n = cs[1], k = xs[1];
-  Packed p{};
-  if (!known(x.element_type(), &p.x_type) || !known(y->element_type(), &p.y_type) || !is_float(p.x_type) ||
-      !is_float(p.y_type))
-    return wrong("is for floats of 16 and 32 bits");
-  if (kind < 0 || kind > 4 || table.size() != 16 || group < 16 || group % 16 != 0)
-    return wrong("needs a kind of codes, 16 levels and groups of a multiple of 16");
-  p.kind = static_cast<Codes>(kind);
-  if (!read_codes(codes, high, bits, &p)) return wrong("has codes that do not fit");
-  const int64_t columns = cs[2] * 8 / p.low_bits;
-  const bool parts = read(scale, experts, n, &p.scale) && read(super_scale, experts, n, &p.super_scale) &&
-                     read(zero, experts, n, &p.zero) && read(offset, experts, n, &p.offset) &&
-                     read(super_offset, experts, n, &p.super_offset);
-  const int64_t groups = (k + group - 1) / group;
-  if (!parts || columns < k || p.scale.count < groups || (p.zero.data && p.zero.count < groups) ||
-      (p.offset.data && p.offset.count < groups) || !divides(p.super_scale, p.scale) ||
-      !divides(p.super_offset, p.offset))
-    return wrong("has parts that do not fit");
-  const auto chosen = static_cast<int64_t>(expert.element_count());
-  if (chosen == 0 ? experts != 1 : chosen != m) return wrong("takes an expert for every row, or one for all");
+// The parts of a packed weight, as XLA has them.
+struct Parts {
+  ffi::AnyBuffer codes, high, scale, super_scale, zero, offset, super_offset;
+};
 
-  int16_t levels[16];
-  for (size_t i = 0; i < 16; ++i) levels[i] = static_cast<int16_t>(table[i]);
-  p.x = x.untyped_data(), p.y = y->untyped_data(), p.m = m, p.n = n, p.k = k;
-  p.center = center, p.factor = factor, p.table = levels, p.group = group, p.width = group % 32 == 0 ? 32 : 16;
-  Team team(pool, threads);
-  if (chosen == 0) {
-    packed_matmul(p, static_cast<int>(level), team);
-    return ffi::Error::Success();
-  }
-  const int32_t* owner = expert.typed_data();
-  for (int64_t i = 0, next; i < m; i = next) {
+// What all calls have in common.
+struct How {
+  int64_t kind, center, bits, group;
+  float factor;
+  ffi::Span<const int64_t> table;
+};
+
+// The number of experts that `parts` hold, with the product that they belong to; 0 where they do not fit.
+int64_t read(ffi::AnyBuffer x, const Parts& parts, ffi::AnyBuffer y, const How& how, int16_t* levels, Packed* p) {
+  const auto xs = x.dimensions(), cs = parts.codes.dimensions(), ys = y.dimensions();
+  if (xs.size() != 2 || cs.size() != 3 || ys.size() != 2 || ys[0] != xs[0] || ys[1] != cs[1]) return 0;
+  if (!known(x.element_type(), &p->x_type) || !known(y.element_type(), &p->y_type) || !is_float(p->x_type) ||
+      !is_float(p->y_type))
+    return 0;
+  if (how.kind < 0 || how.kind > 4 || how.table.size() != 16 || how.group < 16 || how.group % 16 != 0) return 0;
+  for (size_t i = 0; i < 16; ++i) levels[i] = static_cast<int16_t>(how.table[i]);
+  p->x = x.untyped_data(), p->y = y.untyped_data(), p->m = xs[0], p->n = cs[1], p->k = xs[1];
+  p->kind = static_cast<Codes>(how.kind), p->center = how.center, p->factor = how.factor, p->table = levels;
+  p->group = how.group, p->width = how.group % 32 == 0 ? 32 : 16;
+  const int64_t experts = cs[0], groups = (p->k + p->group - 1) / p->group;
+  const bool whole = read_codes(parts.codes, parts.high, how.bits, p) && cs[2] * 8 / p->low_bits >= p->k &&
+                     read(parts.scale, experts, p->n, &p->scale) &&
+                     read(parts.super_scale, experts, p->n, &p->super_scale) &&
+                     read(parts.zero, experts, p->n, &p->zero) && read(parts.offset, experts, p->n, &p->offset) &&
+                     read(parts.super_offset, experts, p->n, &p->super_offset);
+  const bool enough = p->scale.count >= groups && (!p->zero.data || p->zero.count >= groups) &&
+                      (!p->offset.data || p->offset.count >= groups);
+  return whole && enough && divides(p->super_scale, p->scale) && divides(p->super_offset, p->offset) ? experts : 0;
+}
+
+// Rows of x with the experts that `owner` names: neighbours with the same one together.
+ffi::Error of_experts(const Packed& p, int64_t experts, const int32_t* owner, int level, Team& team) {
+  for (int64_t i = 0, next; i < p.m; i = next) {
     if (owner[i] < 0 || owner[i] >= experts) return wrong("has a row for an expert that is not there");
-    for (next = i + 1; next < m && owner[next] == owner[i];) ++next;
-    packed_matmul(of_rows(of_expert(p, owner[i]), i, next - i), static_cast<int>(level), team);
+    for (next = i + 1; next < p.m && owner[next] == owner[i];) ++next;
+    packed_matmul(of_rows(of_expert(p, owner[i]), i, next - i), level, team);
   }
+  return ffi::Error::Success();
+}
+
+ffi::Error packed_call(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> expert, ffi::AnyBuffer codes,
+                       ffi::AnyBuffer high, ffi::AnyBuffer scale, ffi::AnyBuffer super_scale, ffi::AnyBuffer zero,
+                       ffi::AnyBuffer offset, ffi::AnyBuffer super_offset, ffi::Result<ffi::AnyBuffer> y,
+                       int64_t kind, int64_t center, int64_t bits, int64_t group, float factor,
+                       ffi::Span<const int64_t> table, int64_t level, int64_t threads) {
+  Packed p{};
+  int16_t levels[16];
+  const Parts parts{codes, high, scale, super_scale, zero, offset, super_offset};
+  const int64_t experts = read(x, parts, *y, {kind, center, bits, group, factor, table}, levels, &p);
+  if (experts == 0) return wrong("takes x [m, k] and y [m, n]; the parts of the weight do not fit them");
+  const auto chosen = static_cast<int64_t>(expert.element_count());
+  if (chosen == 0 && p.m > 0 ? experts != 1 : chosen != p.m)
+    return wrong("takes an expert for every row, or one for all");
+  Team team(pool, threads);
+  if (chosen > 0) return of_experts(p, experts, expert.typed_data(), static_cast<int>(level), team);
+  packed_matmul(p, static_cast<int>(level), team);
+  return ffi::Error::Success();
+}
+
+ffi::Error packed_gated_call(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer codes, ffi::AnyBuffer high,
+                             ffi::AnyBuffer scale, ffi::AnyBuffer super_scale, ffi::AnyBuffer zero,
+                             ffi::AnyBuffer offset, ffi::AnyBuffer super_offset, ffi::AnyBuffer up_codes,
+                             ffi::AnyBuffer up_high, ffi::AnyBuffer up_scale, ffi::AnyBuffer up_super_scale,
+                             ffi::AnyBuffer up_zero, ffi::AnyBuffer up_offset, ffi::AnyBuffer up_super_offset,
+                             ffi::Result<ffi::AnyBuffer> y, int64_t kind, int64_t center, int64_t bits, int64_t group,
+                             float factor, ffi::Span<const int64_t> table, int64_t activation, int64_t level,
+                             int64_t threads) {
+  Packed p{}, up{};
+  int16_t levels[16];
+  const How how{kind, center, bits, group, factor, table};
+  const Parts parts{codes, high, scale, super_scale, zero, offset, super_offset};
+  const Parts others{up_codes, up_high, up_scale, up_super_scale, up_zero, up_offset, up_super_offset};
+  if (read(x, parts, *y, how, levels, &p) != 1 || read(x, others, *y, how, levels, &up) != 1)
+    return wrong("takes x [m, k] and y [m, n]; the parts of gate and up do not fit them");
+  Team team(pool, threads);
+  packed_gated(p, up, static_cast<Activation>(activation), static_cast<int>(level), team);
   return ffi::Error::Success();
 }
 
@@ -152,6 +189,35 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxllm_packed, jaxllm::packed_call,
                                   .Attr<int64_t>("group")
                                   .Attr<float>("factor")
                                   .Attr<xla::ffi::Span<const int64_t>>("table")
+                                  .Attr<int64_t>("level")
+                                  .Attr<int64_t>("threads"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxllm_packed_gated, jaxllm::packed_gated_call,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Attr<int64_t>("kind")
+                                  .Attr<int64_t>("center")
+                                  .Attr<int64_t>("bits")
+                                  .Attr<int64_t>("group")
+                                  .Attr<float>("factor")
+                                  .Attr<xla::ffi::Span<const int64_t>>("table")
+                                  .Attr<int64_t>("activation")
                                   .Attr<int64_t>("level")
                                   .Attr<int64_t>("threads"));
 

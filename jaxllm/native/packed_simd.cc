@@ -365,15 +365,13 @@ inline void add_block(const C& codes, const Rounded& x, const uint32_t* words, i
   }
 }
 
-// Rows m to m + R of x against the strip's rows n to n + rows.
+// Rows m to m + R of x against a strip.
 template <int R, int Width, typename C>
-void some_rows(const Packed& p, const Rounded& x, const Strip& s, int64_t m, int64_t n, int64_t rows, bool fetch) {
+inline void add_rows(const Packed& p, const Rounded& x, const Strip& s, int64_t m, const Next& next, V* totals) {
   constexpr int kWords = Width / 2 / C::kPairs;  // in a block
   const C codes(p);
-  const Next next(p, fetch ? n : p.n);
   const int64_t a_group = p.group / Width;
-  V totals[R];
-  for (V& t : totals) t = set(0);
+  for (int i = 0; i < R; ++i) totals[i] = set(0);
   for (int64_t b = 0, g = 0, left = a_group; b < x.blocks; ++b) {
     next.some(b * kWords, kWords);
     W sums[R];
@@ -390,30 +388,58 @@ void some_rows(const Packed& p, const Rounded& x, const Strip& s, int64_t m, int
     }
     if (--left == 0) ++g, left = a_group;
   }
+  for (int i = 0; i + 1 < R && x.parts == 2; i += 2) totals[i] = totals[i] + totals[i + 1];
+}
+
+V silu(V x) {
+  const V e = exp2(min(x, set(0) - x) * set(1.44269504f));  // of -|x|: nothing overflows
+  return x * where_zero(max(x, set(0)), e, set(1)) / (set(1) + e);
+}
+
+V gelu_tanh(V x) {
+  const V inner = set(0.797884561f) * fma(set(0.044715f) * x * x, x, x);
+  return set(0.5f) * x * (set(1) + tanh(inner));
+}
+
+// One product, or two of which one gates the other.
+struct Job {
+  const Packed& p;
+  const Packed* up;
+  Activation activation;
+  Strip strip, up_strip;
+};
+
+// Rows m to m + R of x and n to n + rows of y.
+template <int R, int Width, typename C>
+void some_rows(const Job& job, const Rounded& x, int64_t m, int64_t n, int64_t rows, bool fetch) {
+  V totals[R], other[R];
+  add_rows<R, Width, C>(job.p, x, job.strip, m, Next(job.p, fetch ? n : job.p.n), totals);
+  if (job.up) add_rows<R, Width, C>(*job.up, x, job.up_strip, m, Next(*job.up, fetch ? n : job.p.n), other);
   for (int64_t i = 0; i < R; i += x.parts) {
-    const V total = x.parts == 2 ? totals[i] + totals[i + 1] : totals[i];
-    write(p.y, p.y_type, (m + i) / x.parts * p.n + n, total, rows);
+    V y = totals[i];
+    if (job.up) y = (job.activation == Activation::kSilu ? silu(y) : gelu_tanh(y)) * other[i];
+    write(job.p.y, job.p.y_type, (m + i) / x.parts * job.p.n + n, y, rows);
   }
 }
 
 template <int Width, typename C>
-void strip(const Packed& p, const Rounded& x, const Strip& s, int64_t m0, int64_t m1, int64_t n, int64_t rows) {
+void strip(const Job& job, const Rounded& x, int64_t m0, int64_t m1, int64_t n, int64_t rows) {
   constexpr int kMost = kLanes == 16 ? 8 : 4;
   int64_t m = m0 *= x.parts;
   m1 *= x.parts;
-  for (; m + kMost <= m1; m += kMost) some_rows<kMost, Width, C>(p, x, s, m, n, rows, m == m0);
-  for (; m + 4 <= m1; m += 4) some_rows<4, Width, C>(p, x, s, m, n, rows, m == m0);
-  for (; m + 2 <= m1; m += 2) some_rows<2, Width, C>(p, x, s, m, n, rows, m == m0);
-  for (; m < m1; ++m) some_rows<1, Width, C>(p, x, s, m, n, rows, m == m0);
+  for (; m + kMost <= m1; m += kMost) some_rows<kMost, Width, C>(job, x, m, n, rows, m == m0);
+  for (; m + 4 <= m1; m += 4) some_rows<4, Width, C>(job, x, m, n, rows, m == m0);
+  for (; m + 2 <= m1; m += 2) some_rows<2, Width, C>(job, x, m, n, rows, m == m0);
+  for (; m < m1; ++m) some_rows<1, Width, C>(job, x, m, n, rows, m == m0);
 }
 
 template <typename C>
-void strips(const Packed& p, const Rounded& x, int64_t m0, int64_t m1, int64_t n0, int64_t n1, void* memory) {
-  const Strip s = strip_in(p, memory);
+void strips(const Job& job, const Rounded& x, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
   for (int64_t n = n0; n < n1; n += kLanes) {
     const int64_t rows = least(kLanes, n1 - n);
-    fill(p, n, rows, s);
-    p.width == 16 ? strip<16, C>(p, x, s, m0, m1, n, rows) : strip<32, C>(p, x, s, m0, m1, n, rows);
+    fill(job.p, n, rows, job.strip);
+    if (job.up) fill(*job.up, n, rows, job.up_strip);
+    job.p.width == 16 ? strip<16, C>(job, x, m0, m1, n, rows) : strip<32, C>(job, x, m0, m1, n, rows);
   }
 }
 
@@ -440,10 +466,13 @@ int64_t strip_bytes(const Packed& p) {
          numbers_bytes(p.offset, p.super_offset);
 }
 
-void packed(const Packed& p, const Rounded& x, int64_t m0, int64_t m1, int64_t n0, int64_t n1, void* memory) {
-  if (p.kind == Codes::kNibbles) return strips<Nibbles>(p, x, m0, m1, n0, n1, memory);
-  if (p.kind == Codes::kTable) return strips<Looked>(p, x, m0, m1, n0, n1, memory);
-  strips<Bytes>(p, x, m0, m1, n0, n1, memory);
+void packed(const Packed& p, const Packed* up_weights, Activation activation, const Rounded& x, int64_t m0, int64_t m1,
+            int64_t n0, int64_t n1, void* memory) {
+  void* second = static_cast<char*>(memory) + strip_bytes(p);
+  const Job job{p, up_weights, activation, strip_in(p, memory), up_weights ? strip_in(*up_weights, second) : Strip{}};
+  if (p.kind == Codes::kNibbles) return strips<Nibbles>(job, x, m0, m1, n0, n1);
+  if (p.kind == Codes::kTable) return strips<Looked>(job, x, m0, m1, n0, n1);
+  strips<Bytes>(job, x, m0, m1, n0, n1);
 }
 
 }  // namespace jaxllm::JAXLLM_LEVEL
