@@ -232,12 +232,16 @@ def load_config(
     revision: str | None = None,
 ) -> ModelConfig:
     """Only the ModelConfig, without reading weights; dtype is what config.json says of the file."""
-    source = open_source(find(path_or_hub_id, revision, files=CONFIG_FILES))
+    return config_of(open_source(find(path_or_hub_id, revision, files=CONFIG_FILES)), max_len, ignore)
+
+
+def config_of(source: Source, max_len: int | None = None, ignore: Iterable[str] = ()) -> ModelConfig:
+    """The ModelConfig of a checkpoint that is open already; arguments and dtype as in `load_config`."""
+    config = _config(source, max_len, ignore)
     if source.saved is not None:
-        return _config(source, max_len, ignore)
+        return config
     values = source.values
     stored = str(values.get("dtype") or values.get("torch_dtype") or "float32").removeprefix("torch.")
-    config = _config(source, max_len, ignore)
     return replace(config, dtype=stored if stored in DTYPES else "float32")
 
 

@@ -8,11 +8,11 @@ import itertools
 import sys
 from typing import Any
 
-from jaxllm import load_config, native
-from jaxllm.checkpoint.source import open_source, packed_bytes
+from jaxllm import native
+from jaxllm.checkpoint.source import open_source
 from jaxllm.commands import common
 from jaxllm.config import MLA, MLP, Attention, Block, ModelConfig, MoE, Norm, Rope
-from jaxllm.model import CONFIG_FILES, DTYPES, find
+from jaxllm.model import CONFIG_FILES, DTYPES, config_of, find
 from jaxllm.plan import Plan, plan
 from jaxllm.quant import FORMATS
 
@@ -37,19 +37,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    folder = find(args.model, files=CONFIG_FILES)
-    config = load_config(folder, max_len=args.context)
+    source = open_source(find(args.model, files=CONFIG_FILES))
+    config = config_of(source, args.context)
     room = dict(batch=args.batch, context=args.context, chunk=args.chunk, dtype=args.dtype)
     if args.formats:
         if args.format:
             args.fail("--formats shows them all; leave out --format")
         _every_format(args, every_plan(config, **room))
         return
-    source = open_source(folder)
     needs = plan(config, **room, format=args.format)
-    if not args.format and (stored := packed_bytes(source)):
+    if not args.format and (stored := source.packed_bytes):
         needs = dataclasses.replace(needs, parameter_bytes=stored, format="their own format")
-    name, kind = args.model or folder.name, source.values.get("model_type")
+    name, kind = args.model or source.path.name, source.values.get("model_type")
     if args.json:
         common.write_json(as_json(name, kind, config, needs))
         return
