@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from jaxllm.checkpoint.safetensors import read_folder, read_metadata
 from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.families import family
 from jaxllm.families.base import Family
+from jaxllm.files import read_object
 
 Readers = dict[str, Callable[[], Values]]
 
@@ -105,13 +105,5 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
     """config.json as a dict.
 
     Raises ConfigError where the file is missing or malformed."""
-    path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint") from error
-    except (ValueError, OSError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid JSON ({error}); download it again") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} should hold an object, got {type(values).__name__}")
-    return values
+    missing = f"{folder} has no config.json; give the folder of a Hugging Face checkpoint"
+    return read_object(folder / "config.json", ConfigError, "download it again", missing=missing)
