@@ -153,6 +153,15 @@ def test_importing_is_light():
     assert run.stderr == ""
 
 
+def test_a_command_imports_what_it_needs():
+    later = "jaxllm.calibration jaxllm.checkpoint.mlc_writer jaxllm.comparison jaxllm.decode jaxllm.plan"
+    code = f"import jaxllm.cli, sys; print([m for m in {later.split()} if m in sys.modules])"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
+    )
+    assert run.stdout.strip() == "[]"
+
+
 # ---- the maths knows no family ----------------------------------------------------------------------------
 
 MIXERS = {"mamba", "mamba2", "lfm2"}  # these names are those of a mixer, too

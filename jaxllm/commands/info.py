@@ -6,15 +6,17 @@ import argparse
 import dataclasses
 import itertools
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxllm import native
 from jaxllm.checkpoint.source import open_source
 from jaxllm.commands import common
 from jaxllm.config import MLA, MLP, Attention, Block, ModelConfig, MoE, Norm, Rope
 from jaxllm.model import CONFIG_FILES, DTYPES, config_of, find
-from jaxllm.plan import Plan, plan
 from jaxllm.quant import FORMATS
+
+if TYPE_CHECKING:
+    from jaxllm.plan import Plan
 
 USAGE = "[MODEL] [options]"
 SUMMARY = "architecture, parameters and memory of a model"
@@ -37,6 +39,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from jaxllm.plan import plan
+
     source = open_source(find(args.model, files=CONFIG_FILES))
     config = config_of(source, args.context)
     room = dict(batch=args.batch, context=args.context, chunk=args.chunk, dtype=args.dtype)
@@ -87,6 +91,7 @@ def every_plan(
 ) -> dict[str, Plan]:
     """The plan of every weight format by name, and that of no format as "as stored". Arguments as in `plan`;
     dtype is of formats that bring none."""
+    from jaxllm.plan import plan
 
     def one(name: str | None) -> Plan:
         own = name and FORMATS[name].dtype
