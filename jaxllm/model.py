@@ -21,6 +21,7 @@ from jaxllm.checkpoint.source import Source, open_source
 from jaxllm.config import ModelConfig, params_shape
 from jaxllm.errors import CheckpointError, ConfigError, MissingExtraError
 from jaxllm.families import model_config
+from jaxllm.files import read_object
 from jaxllm.progress import progress
 from jaxllm.quant import Format, QTensor
 from jaxllm.tokenizer import Tokenizer, load_tokenizer
@@ -232,12 +233,16 @@ def load_config(
     revision: str | None = None,
 ) -> ModelConfig:
     """Only the ModelConfig, without reading weights; dtype is what config.json says of the file."""
-    source = open_source(find(path_or_hub_id, revision, files=CONFIG_FILES))
+    return config_of(open_source(find(path_or_hub_id, revision, files=CONFIG_FILES)), max_len, ignore)
+
+
+def config_of(source: Source, max_len: int | None = None, ignore: Iterable[str] = ()) -> ModelConfig:
+    """The ModelConfig of a checkpoint that is open already; arguments and dtype as in `load_config`."""
+    config = _config(source, max_len, ignore)
     if source.saved is not None:
-        return _config(source, max_len, ignore)
+        return config
     values = source.values
     stored = str(values.get("dtype") or values.get("torch_dtype") or "float32").removeprefix("torch.")
-    config = _config(source, max_len, ignore)
     return replace(config, dtype=stored if stored in DTYPES else "float32")
 
 
@@ -316,14 +321,7 @@ def _download(name: str, revision: str | None, files: Iterable[str]) -> pathlib.
 def _generation(folder, values, tokenizer) -> tuple[frozenset[int], dict[str, Any]]:
     """End tokens and sampling defaults: generation_config.json, else config.json, else the tokenizer's."""
     path = folder / "generation_config.json"
-    given: Any = {}
-    if path.is_file():
-        try:
-            given = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, OSError, RecursionError) as error:
-            raise ConfigError(f"{path} is not valid JSON ({error}); download it again or delete it") from error
-    if not isinstance(given, dict):
-        raise ConfigError(f"{path} should hold an object, got {type(given).__name__}")
+    given = read_object(path, ConfigError, "download it again or delete it") if path.is_file() else {}
     eos = next((e for e in (given.get("eos_token_id"), values.get("eos_token_id")) if e is not None), None)
     if eos is None and tokenizer is not None:
         eos = tokenizer.eos_id

@@ -243,22 +243,16 @@ def _grouped_blocks(x: Array, w: Array, expert: Array) -> Array:
 
     Measured (32 experts of 512x1024, f32, 2048 rows): 29 ms, `lax.ragged_dot` 340 ms, all experts 107 ms.
     """
-    R, M, E = x.shape[0], BLOCK_ROWS, w.shape[0]
-    sizes = jnp.bincount(expert, length=E)
-    padded = -(-sizes // M) * M
-    ends = jnp.cumsum(padded)
-    place = (ends - padded)[expert] + jnp.arange(R) - (jnp.cumsum(sizes) - sizes)[expert]
-    blocks = -(-R // M) + E
-    rows = jnp.zeros((blocks * M, x.shape[1]), x.dtype).at[place].set(x)
-    owner = jnp.searchsorted(ends, jnp.arange(blocks) * M, side="right")
+    M = BLOCK_ROWS
+    blocks, owner, used, place = products.expert_blocks(x, expert, experts=w.shape[0], size=M)
 
     def one(i, y):
-        block = lax.dynamic_slice_in_dim(rows, i * M, M)
+        block = lax.dynamic_index_in_dim(blocks, i, keepdims=False)
         weight = lax.dynamic_index_in_dim(w, owner[i], keepdims=False)
         return lax.dynamic_update_slice_in_dim(y, _dot(block, weight), i * M, 0)
 
-    y = jnp.zeros((blocks * M, w.shape[1]), jnp.float32)
-    return lax.fori_loop(0, ends[-1] // M, one, y)[place]
+    y = jnp.zeros((len(blocks) * M, w.shape[1]), jnp.float32)
+    return lax.fori_loop(0, used, one, y)[place]
 
 
 def once(x: Array) -> Array:

@@ -25,6 +25,7 @@ from jaxllm.calibration.reads import Read, last, reads
 from jaxllm.calibration.text import held_out, standard_library
 from jaxllm.checkpoint.canonical import flatten
 from jaxllm.cli import main
+from jaxllm.commands.quantize import HOW
 from jaxllm.config import Norm, QKNorm, params_shape
 from jaxllm.errors import ConfigError, JaxllmError
 from jaxllm.quant import FORMATS, dequantize, encode, named
@@ -567,6 +568,7 @@ def test_refusals(draft, calibration):
     with pytest.raises(ConfigError, match="quantized already"):
         mix(quant.quantize_model(draft, "int4_g32"), 4.5, calibration)
     assert set(METHODS) == {"clip", "gptq", "awq", "awq+gptq", "smooth", "smooth+gptq"}
+    assert tuple(METHODS) == HOW  # which the command says without importing them
 
 
 def test_the_command(tmp_path, capsys):

@@ -17,6 +17,7 @@ from jaxllm import cli, decode
 from jaxllm.checkpoint.canonical import flatten
 from jaxllm.checkpoint.gguf import read_gguf
 from jaxllm.checkpoint.gguf_types import TYPES, floats, values
+from jaxllm.checkpoint.source import open_source
 from jaxllm.errors import CheckpointError, ConfigError, JaxllmError, Notice
 from jaxllm.model import load_config
 from jaxllm.quant import QTensor, dequantize
@@ -504,6 +505,7 @@ def test_all_parts_are_one_model(tmp_path, plain):
         got = flatten(jaxllm.load(given_path).params)
         assert got.keys() == want.keys()
         assert all(np.array_equal(got[path], want[path]) for path in want)
+        assert open_source(given_path).packed_bytes == sum(part.stat().st_size for part in parts)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from jaxllm import decode
 from jaxllm.checkpoint.canonical import flatten
 from jaxllm.checkpoint.safetensors import open_file, read_folder
 from jaxllm.errors import CheckpointError, ConfigError, JaxllmError, MissingExtraError, TokenizerError
-from jaxllm.files import write_whole
+from jaxllm.files import read_object, write_whole
 from jaxllm.model import Model, compilation_cache
 from tests import folders
 from tests.folders import CONFIG
@@ -718,3 +718,31 @@ def test_every_error_is_one_of_ours():
     kinds = (CheckpointError, ConfigError, MissingExtraError, TokenizerError)
     assert all(issubclass(kind, JaxllmError) for kind in kinds)
     assert jnp.zeros(1).dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("data", "what", "why"),
+    [
+        (None, "cannot be read", "No such file"),
+        (b"{", "is not valid JSON", "line 1 column 2"),
+        (b"\xff", "is not valid JSON", "utf-8"),
+        (b"[" * 10**6, "is not valid JSON", "recursion"),
+        (b"[1]", "should hold an object", "got list"),
+    ],
+)
+def test_an_object_is_read_or_a_sentence_says_why_not(tmp_path, data, what, why):
+    path = tmp_path / "a.json"
+    if data is not None:
+        path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=why) as caught:
+        read_object(path, CheckpointError, "get it again")
+    assert str(caught.value).startswith(f"{path} {what}")
+    assert str(caught.value).endswith("; get it again")
+
+
+def test_an_object_that_is_not_there_has_its_own_sentence(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        read_object(tmp_path / "a.json", ConfigError, "get it again", missing="there is none")
+    assert str(caught.value) == "there is none"
+    (tmp_path / "a.json").write_text('{"a": [1]}', encoding="utf-8")
+    assert read_object(tmp_path / "a.json", ConfigError, "get it again", missing="") == {"a": [1]}

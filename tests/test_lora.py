@@ -113,9 +113,9 @@ def test_logits_equal_those_of_peft(name, peft, tmp_path):
     assert worst(want, plain) > 1e-3  # the adapter does something
 
     model = lora.load_adapter(jaxllm.load(tmp_path / "base"), tmp_path / "adapter")
-    assert worst(ours(model), want) < 1e-5
-    assert worst(ours(model, lora.merge(model.params)), want) < 1e-5
-    assert worst(ours(model, lora.merge(model.params, -1)), plain) < 1e-5
+    assert worst(ours(model), want) < 2e-5
+    assert worst(ours(model, lora.merge(model.params)), want) < 2e-5
+    assert worst(ours(model, lora.merge(model.params, -1)), plain) < 2e-5
 
 
 def test_several_chosen_by_row(peft, tmp_path):
@@ -139,10 +139,10 @@ def test_several_chosen_by_row(peft, tmp_path):
     for rows in ([0, 1, 2], [2, 2, -1], [-1, 0, 3]):
         got = logits(lora.choose(model.params, rows))
         for i, adapter in enumerate(rows):
-            assert worst(got[i], want[0 if adapter in (-1, 3) else adapter + 1][i]) < 1e-5
+            assert worst(got[i], want[0 if adapter in (-1, 3) else adapter + 1][i]) < 2e-5
     assert traces == [1]  # another choice is another value, not another program
     for adapter in range(3):
-        assert worst(ours(model, lora.choose(model.params, adapter)), want[adapter + 1]) < 1e-5
+        assert worst(ours(model, lora.choose(model.params, adapter)), want[adapter + 1]) < 2e-5
     with pytest.raises(JaxllmError, match="there are 3 adapters; say which"):
         ours(model)
     with pytest.raises(JaxllmError, match="chosen for 2 rows, but the batch has 3"):
@@ -185,7 +185,7 @@ def test_a_packed_base_and_its_adapter(format):
     got, plain = ours(found, tokens=tokens), ours(model, tokens=tokens)
     assert worst(got, plain) > 1e-2
     if format != "w8a8":  # rounds what its adapted layers read
-        assert worst(got, ours(model, merged, tokens)) < (1e-5 if format is None else 2e-3)
+        assert worst(got, ours(model, merged, tokens)) < (2e-5 if format is None else 2e-3)
     assert isinstance(lora.merge(found.params, -1)["layers"][0]["mixer"]["q"]["w"], QTensor) == bool(format)
 
 
@@ -193,7 +193,7 @@ def test_a_packed_base_and_its_adapter(format):
 def test_every_kind_of_layer(name):
     model = with_random(small(name=name), 1)
     tokens = random_model.tokens(2, 7)
-    assert worst(ours(model, tokens=tokens), ours(model, lora.merge(model.params), tokens)) < 1e-5
+    assert worst(ours(model, tokens=tokens), ours(model, lora.merge(model.params), tokens)) < 2e-5
 
 
 def test_generation_by_row():

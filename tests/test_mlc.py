@@ -214,6 +214,8 @@ def test_what_is_written_is_read(converted, scheme):
     model = jaxllm.load(converted[scheme])
     params = flatten(model.params)
     assert model.config.dtype == format.dtype
+    shards = [file for file in converted[scheme].iterdir() if file.suffix == ".bin"]
+    assert open_source(converted[scheme]).packed_bytes == sum(file.stat().st_size for file in shards)
     for path, leaf in params.items():
         w = weights[folders.hub_name(path)].astype(DTYPES[format.dtype])
         ends = path in ("embed.w", "head.w")

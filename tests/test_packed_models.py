@@ -250,8 +250,8 @@ def test_fused_matrices_are_split_packed(tmp_path, options):
     assert all(isinstance(model.params["layers"][0]["mixer"][n]["w"], QTensor) for n in "qkvo")
 
 
-@pytest.mark.parametrize("options", [{}, dict(act_order=True)])
-def test_experts_are_stacked_packed(tmp_path, options):
+def of_experts(tmp_path, settings, packer, **options):
+    """A mixture of four experts, all their matrices packed, as `compare` has it."""
     layer, config = (
         "model.layers.0.",
         CONFIG | dict(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2),
@@ -261,8 +261,22 @@ def test_experts_are_stacked_packed(tmp_path, options):
     weights[f"{moe}gate.weight"] = rng.standard_normal((4, 64)).astype(np.float32)
     experts = [f"{moe}experts.{e}.{w}" for e in range(4) for w in ("w1", "w2", "w3")]
     weights |= {f"{n}.weight": np.zeros((64, 96) if n.endswith("w2") else (96, 64), np.float32) for n in experts}
-    model = compare(tmp_path, config, GPTQ, *packed_modules(weights, experts, packers.gptq, **options))
+    return compare(tmp_path, config, settings, *packed_modules(weights, experts, packer, **options))
+
+
+@pytest.mark.parametrize("options", [{}, dict(act_order=True)])
+def test_experts_are_stacked_packed(tmp_path, options):
+    model = of_experts(tmp_path, GPTQ, packers.gptq, **options)
     assert model.params["layers"][0]["ffn"]["down"]["w"].shape == (4, 64, 96)
+
+
+def test_experts_whose_activations_have_a_scale_come_back(tmp_path):
+    static = dict(leaf="weight_scale", static="input_scale")
+    others = dict(modules_to_not_convert=["q_proj", "k_proj", "v_proj", "o_proj", "gate", "lm_head"])
+    model = of_experts(tmp_path, FP8 | others | dict(activation_scheme="static"), packers.fp8, **static)
+    assert model.params["layers"][0]["ffn"]["down"]["w"].input_scale.shape == (4,)
+    jaxllm.save(model, tmp_path / "own")
+    np.testing.assert_array_equal(logits(jaxllm.load(tmp_path / "own")), logits(model))
 
 
 def test_groups_of_modules_with_formats_of_their_own(tmp_path):

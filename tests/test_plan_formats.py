@@ -14,6 +14,7 @@ import pytest
 
 import jaxllm
 from jaxllm import cli, decode, native
+from jaxllm.checkpoint import source
 from jaxllm.checkpoint.canonical import flatten
 from jaxllm.config import params_shape
 from jaxllm.errors import ConfigError
@@ -227,3 +228,12 @@ def test_packed_leaves_are_what_was_counted():
     packed = {path for path, x in flatten(model.params).items() if isinstance(x, QTensor)}
     assert "embed.w" in packed
     assert len(packed) == 1 + 7 * 8
+
+
+def test_info_reads_the_config_once(capsys, monkeypatch):
+    opened, original = [], source.read_config
+    monkeypatch.setattr(source, "read_config", lambda folder: opened.append(folder) or original(folder))
+    assert cli.main(["info", "--json"]) == 0
+    assert opened == [jaxllm.bundled()]
+    assert json.loads(capsys.readouterr().out)["memory"]["parameter_bytes"] == jaxllm.load().nbytes
+    assert source.open_source(jaxllm.bundled()).packed_bytes is None

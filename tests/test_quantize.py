@@ -648,6 +648,7 @@ def test_hostile_descriptions_are_refused(saved, tmp_path, where, value, words):
         ("embed.w.scale", lambda x: x[1:].copy(), "scale of shape"),
         ("embed.w.scale", lambda x: x.reshape(-1)[:0].reshape(0), "with scales"),
         ("embed.w.super_scale", lambda x: np.zeros((len(x), 3), np.float32), "do not fit"),
+        ("embed.w.super_scale", lambda x: np.zeros((len(x), 0), np.float32), "do not fit"),
         ("layers.0.ffn.up.w.high", lambda x: None, "high bits are missing"),
         ("layers.0.ffn.up.w.high", lambda x: x[:, 1:].copy(), "high of shape"),
         ("layers.0.ffn.up.w.scale", lambda x: None, "its scale are missing"),

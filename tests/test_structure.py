@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "taps": "errors",
     "sampling": "errors",
     "tokenizer": "errors",
-    "quant": "config errors taps",
+    "quant": "config errors files taps",
     "native": "errors quant",
     "ops": "config errors native quant",
     "state": "config errors files ops quant",
@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "layers": "basics config errors ops recurrent state taps",
     "checkpoint": "config errors families files progress quant",
     "lora": "checkpoint errors families quant taps",
-    "model": "checkpoint config errors families progress quant tokenizer",
+    "model": "checkpoint config errors families files progress quant tokenizer",
     "generation": "state",
     "stopping": "errors generation tokenizer",
     "prompts": "config errors model state",
@@ -151,6 +151,15 @@ def test_importing_is_light():
     )
     assert run.stdout.strip() == "[]"
     assert run.stderr == ""
+
+
+def test_a_command_imports_what_it_needs():
+    later = "jaxllm.calibration jaxllm.checkpoint.mlc_writer jaxllm.comparison jaxllm.decode jaxllm.plan"
+    code = f"import jaxllm.cli, sys; print([m for m in {later.split()} if m in sys.modules])"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
+    )
+    assert run.stdout.strip() == "[]"
 
 
 # ---- the maths knows no family ----------------------------------------------------------------------------

@@ -51,6 +51,7 @@ def compressed_cases() -> dict[str, Case]:
     )
     fp = dict(num_bits=8, type="float")
     four = dict(num_bits=4, type="float")
+    uneven = dict(num_bits=8, symmetric=False, strategy="channel")
     return {
         "pack4": compressed("pack-quantized", steps(s, (24, 2), 7), num_bits=4, **by_group),
         "pack4-zero": compressed(
@@ -58,27 +59,13 @@ def compressed_cases() -> dict[str, Case]:
         ),
         "pack4-channel": compressed("pack-quantized", steps(s, (24, 1), 7), num_bits=4, strategy="channel"),
         "pack8": compressed("pack-quantized", steps(s, (24, 2), 127), num_bits=8, **by_group),
-        "pack8-zero": compressed(
-            "pack-quantized",
-            steps(s, (24, 1), 127),
-            zero=zero(24, 1),
-            num_bits=8,
-            symmetric=False,
-            strategy="channel",
-        ),
+        "pack8-zero": compressed("pack-quantized", steps(s, (24, 1), 127), zero=zero(24, 1), **uneven),
         "pack3": compressed("pack-quantized", steps(s, (24, 2), 3), num_bits=3, **by_group),
         "pack6-zero": compressed(
             "pack-quantized", steps(s, (24, 2), 31), zero=zero(24, 2), num_bits=6, symmetric=False, **by_group
         ),
         "int8-channel": compressed("int-quantized", steps(s, (24, 1), 127), num_bits=8, strategy="channel"),
-        "int8-zero": compressed(
-            "int-quantized",
-            steps(s, (24, 1), 127),
-            zero=zero(24, 1),
-            num_bits=8,
-            symmetric=False,
-            strategy="channel",
-        ),
+        "int8-zero": compressed("int-quantized", steps(s, (24, 1), 127), zero=zero(24, 1), **uneven),
         "int8-tensor": compressed("int-quantized", steps(s, (1,), 127), num_bits=8, strategy="tensor"),
         "fp8-channel": compressed("float-quantized", steps(s, (24, 1), 448), strategy="channel", **fp),
         "fp8-tensor": compressed("float-quantized", steps(s, (1,), 448), strategy="tensor", **fp),

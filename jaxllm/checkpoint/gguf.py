@@ -55,6 +55,11 @@ class GGUF(NamedTuple):
     metadata: dict[str, Any]
     tensors: dict[str, Tensor]
 
+    @property
+    def files(self) -> tuple[pathlib.Path, ...]:
+        """Those that hold its tensors."""
+        return tuple(sorted({tensor.path for tensor in self.tensors.values()}))
+
 
 def recognised(path: pathlib.Path) -> bool:
     """Whether the file begins as GGUF does."""

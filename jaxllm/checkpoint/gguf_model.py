@@ -34,8 +34,8 @@ SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": 
 SAMPLING |= {"penalty_repeat": "repetition_penalty"}
 
 
-def open_file(path: pathlib.Path) -> tuple[dict[str, Any], Family, Callable[[], Readers], dict[str, Any]]:
-    """(config as Hugging Face spells it, family, opener of the readers, metadata) of a GGUF file.
+def open_file(path: pathlib.Path) -> tuple[dict[str, Any], Family, Callable[[], Readers], GGUF]:
+    """(config as Hugging Face spells it, family, opener of the readers, what the file says) of a GGUF file.
 
     Only headers are read, and the few rotary factors that a file may hold as tensors. Raises CheckpointError for a
     malformed file, ConfigError for an architecture that is not known or metadata that is missing or no number.
@@ -53,7 +53,7 @@ def open_file(path: pathlib.Path) -> tuple[dict[str, Any], Family, Callable[[], 
     except (ArithmeticError, TypeError, ValueError, LookupError, AttributeError) as error:
         fault = f"{type(error).__name__}: {error}"
         raise ConfigError(f"{path}: the values of its metadata do not fit together ({fault})") from error
-    return config, _family(config, keys, ARCHS[kind]), partial(_readers, file), file.metadata
+    return config, _family(config, keys, ARCHS[kind]), partial(_readers, file), file
 
 
 def _family(config: dict[str, Any], keys: Keys, arch: Arch) -> Family:

@@ -6,7 +6,6 @@ weights; their activation scales are not, as activations keep the model's dtype 
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from jaxllm.config import ModelConfig, params_shape
 from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.families import model_config
 from jaxllm.families.base import Family
+from jaxllm.files import read_object
 from jaxllm.progress import progress
 from jaxllm.quant import FORMATS, Format, QTensor, dequantize
 from jaxllm.quant.qtensor import pack
@@ -85,18 +85,9 @@ def open_folder(path: pathlib.Path) -> Folder:
 
 
 def _chat(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        chat = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(
-            f"{path.parent} holds weights of MLC-LLM without {CONFIG}; get it too, or make it with "
-            "`mlc_llm gen_config`"
-        ) from error
-    except (ValueError, OSError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid JSON ({error}); download it again") from error
-    if not isinstance(chat, dict):
-        raise ConfigError(f"{path} should hold an object, got {type(chat).__name__}")
-    return chat
+    made = "get it too, or make it with `mlc_llm gen_config`"
+    missing = f"{path.parent} holds weights of MLC-LLM without {CONFIG}; {made}"
+    return read_object(path, ConfigError, "download it again", missing=missing)
 
 
 def scheme(name: Any) -> Format:

@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxllm.errors import CheckpointError
+from jaxllm.files import read_object
 
 CAP = 32 * 2**20  # bytes of a shard
 TOKENIZER_FILES = (
@@ -136,7 +137,7 @@ def chat_config(
 ) -> None:
     """mlc-chat-config.json: that of `source` with its quantization changed, or one made from the config `values`.
 
-    Raises CheckpointError where the source's is not JSON."""
+    Raises CheckpointError where the source's is no JSON object."""
     chat = _read(source / "mlc-chat-config.json")
     chat = chat | {"quantization": quantization} if chat else _chat(source, out, model_type, values, quantization)
     text = json.dumps(chat, indent=2)
@@ -181,13 +182,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); get it again") from error
-    return value if isinstance(value, dict) else {}
+    return read_object(path, CheckpointError, "get it again") if path.is_file() else {}
 
 
 def _active(tokenizer: dict[str, Any], vocab: Any) -> Any:

@@ -16,7 +16,7 @@ import pathlib
 import reprlib
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -27,21 +27,21 @@ from jaxllm.checkpoint.safetensors import DTYPES, read_folder
 from jaxllm.config import ModelConfig, params_shape
 from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.families.base import Family, Rule
-from jaxllm.quant.formats import FLOAT8, LEVELS, Format, as_json, from_json
-from jaxllm.quant.qtensor import PLANES, QTensor
-from jaxllm.quant.recipe import DTYPES as FLOAT_NAMES
+from jaxllm.quant.describe import COMPUTED, head, is_head, readable, weight
+from jaxllm.quant.formats import Format, as_json
+from jaxllm.quant.qtensor import PARTS, QTensor
 from jaxllm.quant.recipe import Recipe, converted
 
 METHOD, VERSION = "jaxllm", 1
 SHARD = 10**9  # bytes of tensors in one file, unless one tensor alone has more
 HEADER = 2**16  # bytes before the first tensor of a file: a page boundary, and room for some 500 names
-PARTS = tuple(f.name for f in fields(QTensor) if f.name not in ("format", "columns", "dtype_name"))
 # What lies beside weights: the tokenizer, its chat templates, how to generate.
 BESIDE = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "*.tiktoken")
 BESIDE += ("chat_template*", "additional_chat_templates/*.jinja", "generation_config.json")
 _NAMES = {np.dtype(kind): name for name, kind in DTYPES.items()}
 
 Readers = dict[str, Callable[[], Any]]
+Make = Callable[[Mapping[str, np.ndarray]], QTensor]
 
 
 # ---- writing --------------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ class Writer:
         while self.formats.setdefault(key, q.format) != q.format:
             n += 1
             key = f"{q.format.name}#{n}"
-        self.tensors[path] = {"format": key, "columns": q.columns, "dtype": q.dtype_name}
+        self.tensors[path] = head(q, key)
 
     def _array(self, name: str, x: np.ndarray) -> None:
         if x.dtype not in _NAMES:
@@ -250,16 +250,7 @@ def identity(family: Family) -> Family:
     )
 
 
-@dataclass(frozen=True)
-class _Packed:
-    """The description of one packed weight."""
-
-    format: Format
-    columns: int
-    dtype: str
-
-
-def _described(where: pathlib.Path, ours: dict[str, Any]) -> dict[str, _Packed]:
+def _described(where: pathlib.Path, ours: dict[str, Any]) -> dict[str, Make]:
     if ours.get("version") != VERSION:
         version = reprlib.repr(ours.get("version"))
         raise ConfigError(
@@ -269,84 +260,36 @@ def _described(where: pathlib.Path, ours: dict[str, Any]) -> dict[str, _Packed]:
     if not isinstance(formats, dict) or not isinstance(tensors, dict):
         raise ConfigError(f"{where}: quantization_config should have the objects formats and tensors")
     try:
-        table = {name: _readable(from_json(value)) for name, value in formats.items()}
+        table = {name: readable(value) for name, value in formats.items()}
         return {path: _packed(path, value, table) for path, value in tensors.items()}
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
 
 
-def _readable(f: Format) -> Format:
-    if f.levels not in ("int", *LEVELS, *FLOAT8) or (f.levels not in FLOAT8 and f.bits not in PLANES):
-        raise ConfigError(f"codes of {f.bits} bits for levels {f.levels[:40]!r} are not known; update jaxllm")
-    if f.activations not in (None, "int8", *FLOAT8):
-        raise ConfigError(f"activations of dtype {f.activations[:40]!r} are not known; update jaxllm")
-    if f.levels in LEVELS and len(LEVELS[f.levels]) < 2**f.bits:
-        raise ConfigError(f"{f.levels} has {len(LEVELS[f.levels])} levels, too few for {f.bits} bits")
-    return f
-
-
-def _packed(path: str, value: Any, table: dict[str, Format]) -> _Packed:
-    if not isinstance(value, dict) or value.keys() != {"format", "columns", "dtype"}:
-        raise ConfigError(f"{path} should have format, columns and dtype, got {reprlib.repr(value)}")
-    name, columns, dtype = value["format"], value["columns"], value["dtype"]
+def _packed(path: str, value: Any, table: dict[str, Format]) -> Make:
+    if not is_head(value):
+        wanted = f"format, columns and dtype: columns should be a size, and dtype one of {', '.join(COMPUTED)}"
+        raise ConfigError(f"{path} should have {wanted}; got {reprlib.repr(value)}")
+    name = value["format"]
     if not isinstance(name, str) or name not in table:
         raise ConfigError(f"{path} is in the format {reprlib.repr(name)}, which formats does not list")
-    if type(columns) is not int or not 0 < columns < 2**40 or dtype not in FLOAT_NAMES:
-        raise ConfigError(f"{path}: columns should be a size and dtype one of {', '.join(FLOAT_NAMES)}")
-    return _Packed(table[name], columns, dtype)
+    return partial(weight, format=table[name], columns=value["columns"], dtype=value["dtype"])
 
 
-def _readers(folder: pathlib.Path, packed: dict[str, _Packed]) -> Readers:
+def _readers(folder: pathlib.Path, packed: dict[str, Make]) -> Readers:
     arrays = read_folder(folder)
     readers: Readers = {}
-    for path, described in packed.items():
+    for path, make in packed.items():
         names = {part: f"{path}.{part}" for part in PARTS if f"{path}.{part}" in arrays}
         if not {"codes", "scale"} <= names.keys():
             raise CheckpointError(f"{folder}: {path} is packed, and its codes or its scale are missing")
-        readers[path] = partial(_read, path, described, {part: arrays.pop(name) for part, name in names.items()})
+        readers[path] = partial(_read, path, make, {part: arrays.pop(name) for part, name in names.items()})
     return arrays | readers
 
 
-def _read(path: str, described: _Packed, parts: dict[str, Callable[[], np.ndarray]]) -> QTensor:
+def _read(path: str, make: Make, parts: dict[str, Callable[[], np.ndarray]]) -> QTensor:
     read = {name: reader() for name, reader in parts.items()}
-    q = QTensor(**read, format=described.format, columns=described.columns, dtype_name=described.dtype)
-    if problem := misfit(q):
-        raise CheckpointError(f"{path} is no weight in {q.format.name}: {problem}; get the folder again")
-    return q
-
-
-def misfit(q: QTensor) -> str | None:
-    """What is wrong with the shapes and dtypes of a packed weight's parts, or None."""
-    f, lead = q.format, q.codes.shape[:-1]
-    widths = (8,) if f.levels in FLOAT8 else PLANES[f.bits]
-    kinds = (f.levels,) if f.levels in FLOAT8 else ("uint8", "int8") if f.bits == 8 else ("uint8",)
-    if q.codes.ndim < 2 or q.codes.dtype.name not in kinds:
-        return f"codes {q.codes.dtype} {list(q.codes.shape)}"
-    columns = q.codes.shape[-1] * 8 // widths[0]
-    groups = q.scale.shape[-1] if q.scale.ndim else 0
-    if not groups or columns % groups or not q.columns <= columns < q.columns + max(8, columns // groups):
-        return f"{q.columns} columns in codes {list(q.codes.shape)} with scales {list(q.scale.shape)}"
-    if f.group and columns // groups != f.group:
-        return f"groups of {columns // groups} columns instead of {f.group}"
-    above = q.super_scale.shape[-1] if q.super_scale is not None and q.super_scale.ndim else 1
-    wanted = {
-        "high": (*lead, columns * widths[-1] // 8) if len(widths) > 1 else None,
-        **dict.fromkeys(("scale", "zero", "offset"), (*lead, groups)),
-        **dict.fromkeys(("super_scale", "super_offset"), (*lead, above)),
-        "order": (*lead[:-1], q.columns),
-        "input_scale": (),
-    }
-    for name, part in q.parts().items():
-        if name != "codes" and part.shape != wanted[name]:
-            return f"{name} of shape {list(part.shape)} instead of {wanted[name] and list(wanted[name])}"
-    return _missing(q, groups, above)
-
-
-def _missing(q: QTensor, groups: int, above: int) -> str | None:
-    if len(PLANES.get(q.format.bits, ())) > 1 and q.high is None:
-        return "its high bits are missing"
-    if groups % above or (q.super_offset is not None and q.offset is None):
-        return "scales of scales that do not fit"
-    if q.order is not None and (np.sort(q.order, -1) != np.arange(q.columns)).any():
-        return "order is no order of its columns"
-    return None
+    try:
+        return make(read)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}; get the folder again") from None

@@ -27,7 +27,7 @@ from jaxllm.checkpoint.canonical import flatten, nest
 from jaxllm.config import ModelConfig, params_shape
 from jaxllm.config_json import from_json, to_json
 from jaxllm.errors import CheckpointError, ConfigError, MissingExtraError
-from jaxllm.files import write_whole
+from jaxllm.files import read_object, write_whole
 from jaxllm.quant import QTensor, Recipe
 from jaxllm.quant.describe import abstract, describe, nbytes
 
@@ -160,11 +160,8 @@ def open_folder(path: pathlib.Path) -> Saved:
 
     Raises CheckpointError or ConfigError where its description is malformed, or is not that of its config."""
     where = path / POINTER
-    try:
-        about = json.loads(where.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not valid JSON ({error}); save the model again") from error
-    if not isinstance(about, dict) or about.keys() != FIELDS or about["format"] != FORMAT:
+    about = read_object(where, CheckpointError, "save the model again")
+    if about.keys() != FIELDS or about["format"] != FORMAT:
         raise CheckpointError(f"{where} should be of the form {FORMAT!r} with {', '.join(sorted(FIELDS))}")
     try:
         return _saved(path, about)

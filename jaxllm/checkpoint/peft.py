@@ -6,7 +6,6 @@ apart as the matrix is: its parts share A, and B's rows are split; B's rows are 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import pathlib
@@ -21,6 +20,7 @@ from jaxllm.checkpoint.safetensors import open_file
 from jaxllm.config import ModelConfig, params_shape
 from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.families.base import Family
+from jaxllm.files import read_object
 from jaxllm.quant.adapted import Adapter
 
 NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<part>[AB])(?(kind)|\.weight)")
@@ -118,12 +118,7 @@ def _pattern(values: dict[str, Any], name: str, module: str, usual: str) -> Any:
 
 
 def _values(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}); give the folder that PEFT saved") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} should hold an object, got {type(values).__name__}")
+    values = read_object(path, ConfigError, "give the folder that PEFT saved")
     if problems := _problems(values):
         raise ConfigError(f"{path} is not of an adapter that jaxllm reads: {'; '.join(problems[:20])}")
     return values

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +14,7 @@ from jaxllm.checkpoint.safetensors import read_folder, read_metadata
 from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.families import family
 from jaxllm.families.base import Family
+from jaxllm.files import read_object
 
 Readers = dict[str, Callable[[], Values]]
 
@@ -30,6 +29,7 @@ class Source:
     readers: Callable[[], Readers]  # opens the files: the family's tensor names -> reader of each
     metadata: dict[str, Any] | None = None  # of a file that carries its own tokenizer (GGUF)
     generation: dict[str, Any] | None = None  # sampling values that lie elsewhere than in generation_config.json
+    packed_files: tuple[pathlib.Path, ...] = ()  # local files that hold packed weights; none for plain ones
     tokens: int | None = None  # of the vocabulary that lies beside under whatever name (llama2.c)
     saved: orbax.Saved | None = None  # of a folder that holds our own config and tree, and no single tensors
 
@@ -39,6 +39,11 @@ class Source:
             return self.saved.folder
         carries_all = self.metadata is not None  # whatever lies beside such a file is of something else
         return self.path if self.path.is_dir() or carries_all else self.path.parent
+
+    @property
+    def packed_bytes(self) -> int | None:
+        """Bytes of the files with packed weights, about what `load` makes of them; None for plain weights."""
+        return sum(file.stat().st_size for file in self.packed_files) or None
 
 
 def open_source(path: pathlib.Path) -> Source:
@@ -52,31 +57,20 @@ def open_source(path: pathlib.Path) -> Source:
         return Source(path, saved.values, None, partial(orbax.no_readers, path), saved=saved)
     if mlc.recognised(path):
         folder = mlc.open_folder(path)
-        readers = partial(mlc.readers, folder)
-        return Source(path, folder.values, folder.family, readers, generation=mlc.sampling(folder))
+        readers, shards = partial(mlc.readers, folder), tuple(path.glob("params_shard_*.bin"))
+        return Source(
+            path, folder.values, folder.family, readers, generation=mlc.sampling(folder), packed_files=shards
+        )
     if not (path / "config.json").is_file() and (file := gguf.in_folder(path)):
         return _open_file(file)
     values = read_config(path)
     family = _family(path / "config.json", values)
+    files = tuple(path.glob("*.safetensors"))
     if native.recognised(values):
-        return Source(path, *native.open_folder(path, values, family))
+        return Source(path, *native.open_folder(path, values, family), packed_files=files)
     if _explained(path / "config.json", packed.check, values):
-        return Source(path, values, family, partial(_read_packed, path, values))
+        return Source(path, values, family, partial(_read_packed, path, values), packed_files=files)
     return Source(path, values, family, partial(read_folder, path))
-
-
-def packed_bytes(source: Source) -> int | None:
-    """Bytes of the local files that hold packed weights, about what `load` makes of them; None for plain ones."""
-    path = source.path
-    if source.metadata is not None:
-        files = path.parent.glob(re.sub(r"-\d{5}-of-", "-*-of-", path.name))
-    elif mlc.recognised(path):
-        files = path.glob("params_shard_*.bin")
-    elif path.is_dir() and source.saved is None and read_config(path).get("quantization_config"):
-        files = path.glob("*.safetensors")
-    else:
-        return None
-    return sum(file.stat().st_size for file in files) or None
 
 
 def _read_packed(path: pathlib.Path, values: dict[str, Any]) -> Readers:
@@ -86,8 +80,9 @@ def _read_packed(path: pathlib.Path, values: dict[str, Any]) -> Readers:
 
 def _open_file(path: pathlib.Path) -> Source:
     if gguf.recognised(path):
-        values, described, readers, metadata = gguf_model.open_file(path)
-        return Source(path, values, described, readers, metadata, gguf_model.generation(metadata))
+        values, described, readers, file = gguf_model.open_file(path)
+        defaults = gguf_model.generation(file.metadata)
+        return Source(path, values, described, readers, file.metadata, defaults, packed_files=file.files)
     if llama2c.recognised(path):
         values, described, readers, tokens = llama2c.open_file(path)
         return Source(path, values, described, readers, tokens=tokens)
@@ -110,13 +105,5 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
     """config.json as a dict.
 
     Raises ConfigError where the file is missing or malformed."""
-    path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint") from error
-    except (ValueError, OSError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid JSON ({error}); download it again") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} should hold an object, got {type(values).__name__}")
-    return values
+    missing = f"{folder} has no config.json; give the folder of a Hugging Face checkpoint"
+    return read_object(folder / "config.json", ConfigError, "download it again", missing=missing)

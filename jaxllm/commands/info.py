@@ -6,15 +6,17 @@ import argparse
 import dataclasses
 import itertools
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jaxllm import load_config, native
-from jaxllm.checkpoint.source import open_source, packed_bytes
+from jaxllm import native
+from jaxllm.checkpoint.source import open_source
 from jaxllm.commands import common
 from jaxllm.config import MLA, MLP, Attention, Block, ModelConfig, MoE, Norm, Rope
-from jaxllm.model import CONFIG_FILES, DTYPES, find
-from jaxllm.plan import Plan, plan
+from jaxllm.model import CONFIG_FILES, DTYPES, config_of, find
 from jaxllm.quant import FORMATS
+
+if TYPE_CHECKING:
+    from jaxllm.plan import Plan
 
 USAGE = "[MODEL] [options]"
 SUMMARY = "architecture, parameters and memory of a model"
@@ -37,19 +39,20 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    folder = find(args.model, files=CONFIG_FILES)
-    config = load_config(folder, max_len=args.context)
+    from jaxllm.plan import plan
+
+    source = open_source(find(args.model, files=CONFIG_FILES))
+    config = config_of(source, args.context)
     room = dict(batch=args.batch, context=args.context, chunk=args.chunk, dtype=args.dtype)
     if args.formats:
         if args.format:
             args.fail("--formats shows them all; leave out --format")
         _every_format(args, every_plan(config, **room))
         return
-    source = open_source(folder)
     needs = plan(config, **room, format=args.format)
-    if not args.format and (stored := packed_bytes(source)):
+    if not args.format and (stored := source.packed_bytes):
         needs = dataclasses.replace(needs, parameter_bytes=stored, format="their own format")
-    name, kind = args.model or folder.name, source.values.get("model_type")
+    name, kind = args.model or source.path.name, source.values.get("model_type")
     if args.json:
         common.write_json(as_json(name, kind, config, needs))
         return
@@ -88,6 +91,7 @@ def every_plan(
 ) -> dict[str, Plan]:
     """The plan of every weight format by name, and that of no format as "as stored". Arguments as in `plan`;
     dtype is of formats that bring none."""
+    from jaxllm.plan import plan
 
     def one(name: str | None) -> Plan:
         own = name and FORMATS[name].dtype

@@ -9,11 +9,8 @@ import warnings
 from dataclasses import replace
 from typing import Any
 
-from jaxllm.calibration import METHODS, calibrate, unobserved, windows
-from jaxllm.calibration import mix as mixed
 from jaxllm.checkpoint.canonical import flatten
 from jaxllm.checkpoint.mlc_index import INDEXES, read_index
-from jaxllm.checkpoint.mlc_writer import write_mlc
 from jaxllm.checkpoint.native import Written
 from jaxllm.commands import common
 from jaxllm.config import params_shape
@@ -28,6 +25,7 @@ DESCRIPTION = (
     "Round a checkpoint's weights to a format and write it as a new folder, which every command takes as "
     "--model. One tensor is in memory at a time; OUT appears when it is whole."
 )
+HOW = ("clip", "gptq", "awq", "awq+gptq", "smooth", "smooth+gptq")  # calibration.METHODS
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +39,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", metavar="TYPE", choices=DTYPES, help="of the rest and of activations (default: the format's)"
     )
     parser.add_argument(
-        "--calibrate", metavar="HOW", choices=METHODS, help=f"round by what text needs: {', '.join(METHODS)}"
+        "--calibrate", metavar="HOW", choices=HOW, help=f"round by what text needs: {', '.join(HOW)}"
     )
     parser.add_argument(
         "--bits", metavar="B", type=float, help="instead of --format: mix formats, B bits a weight on average"
@@ -69,6 +67,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _for_mlc(args: argparse.Namespace) -> Written:
+    from jaxllm.checkpoint.mlc_writer import write_mlc
+
     if args.recipe or args.dtype or args.calibrate or not args.format:
         args.fail("--to mlc takes --format alone: its schemes have no recipes, and say the dtype")
     index = read_index(write_mlc(find(args.source), args.out, args.format) / INDEXES[0])
@@ -92,12 +92,14 @@ def _check(args: argparse.Namespace) -> None:
 
 def _measured(args: argparse.Namespace, rules: tuple, dtype: str | None) -> Written:
     """Quantize by what the whole model does on text, and write it."""
+    from jaxllm import calibration
+
     if pathlib.Path(args.out).exists():  # before minutes of work
         raise CheckpointError(f"{args.out} exists already; give a new folder, or delete this one first")
     model = load(args.source)
-    tokens = windows(model, common.file_text(args.text) if args.text else None)
+    tokens = calibration.windows(model, common.file_text(args.text) if args.text else None)
     if args.bits is not None:
-        mix = mixed(model, args.bits, tokens)
+        mix = calibration.mix(model, args.bits, tokens)
         if not args.json:
             common.write(mix.table() + "\n")
         recipe = mix.recipe()
@@ -107,13 +109,15 @@ def _measured(args: argparse.Namespace, rules: tuple, dtype: str | None) -> Writ
     if not args.calibrate:
         made = quantize_model(model, recipe)
     else:
-        made = calibrate(model, recipe, tokens, method=args.calibrate)
+        made = calibration.calibrate(model, recipe, tokens, method=args.calibrate)
         _notice_unobserved(model, recipe)
     save(made, args.out)
     return _written(made)
 
 
 def _notice_unobserved(model: Model, recipe: Recipe) -> None:
+    from jaxllm.calibration import unobserved
+
     plain = unobserved(model.config, recipe.assign(params_shape(model.config)))
     if plain:
         some = f"{len(plain)} weights were rounded plainly, their inputs are not observed: {', '.join(plain[:4])}"

@@ -1,7 +1,8 @@
 """What a parameter is, without its values, as JSON: the one description that every file of ours shares.
 
-Used wherever parameters are written in jaxllm's own form (Orbax, safetensors with packed weights): `describe`
-when they are saved, `abstract` to know before reading what will come.
+Used wherever parameters are written in jaxllm's own form (Orbax, safetensors with packed weights). `describe` and
+`abstract` are for files that hold each array by itself; where headers tell of the arrays, `head` and `weight`
+are enough.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 import jax
@@ -17,16 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.errors import CheckpointError, ConfigError
-from jaxllm.quant.formats import as_json, from_json
-from jaxllm.quant.qtensor import PLANES, QTensor
+from jaxllm.quant.formats import FLOAT8, LEVELS, Format, as_json, from_json
+from jaxllm.quant.qtensor import PARTS, PLANES, QTensor
+from jaxllm.quant.recipe import DTYPES as COMPUTED  # what a packed weight stands for
 
 DTYPES = (
     *("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "float4_e2m1fn"),
     *("int32", "int16", "int8", "int4", "uint32", "uint16", "uint8", "uint4", "bool"),
 )
 ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
-COMPUTED = ("float32", "bfloat16", "float16")  # what a packed weight stands for
-PARTS = tuple(f.name for f in fields(QTensor) if f.name not in ("format", "columns", "dtype_name"))
 
 
 def describe(leaf: Any) -> dict[str, Any]:
@@ -36,13 +35,26 @@ def describe(leaf: Any) -> dict[str, Any]:
     Raises CheckpointError for any other leaf (an adapter is merged first, or saved by itself)."""
     if isinstance(leaf, QTensor):
         parts = {name: _array(part) for name, part in leaf.parts().items()}
-        return dict(format=as_json(leaf.format), columns=leaf.columns, dtype=leaf.dtype_name, parts=parts)
+        return head(leaf, as_json(leaf.format)) | {"parts": parts}
     if not isinstance(leaf, ARRAYS) or str(leaf.dtype) not in DTYPES:
         raise CheckpointError(
             f"a parameter to be saved should be an array or a QTensor, got {type(leaf).__name__} "
             f"({reprlib.repr(leaf)}); merge adapters first"
         )
     return _array(leaf)
+
+
+def head(q: QTensor, format: Any) -> dict[str, Any]:
+    """What a packed weight is but for its parts, as JSON; `format` says its format, by its fields or a name."""
+    return {"format": format, "columns": q.columns, "dtype": q.dtype_name}
+
+
+def is_head(values: Any) -> bool:
+    """Whether a value from a file is like one of `head`, whatever it has for the format."""
+    if not isinstance(values, Mapping) or values.keys() != {"format", "columns", "dtype"}:
+        return False
+    columns = values["columns"]
+    return type(columns) is int and 0 < columns < 2**40 and values["dtype"] in COMPUTED
 
 
 def _array(x: Any) -> dict[str, Any]:
@@ -55,19 +67,39 @@ def abstract(described: Any) -> jax.ShapeDtypeStruct | QTensor:
     Raises CheckpointError for what describes no parameter, a QTensor whose parts do not fit together included."""
     if not isinstance(described, Mapping) or "parts" not in described:
         return _struct(described)
-    if described.keys() != {"format", "columns", "dtype", "parts"} or not isinstance(described["parts"], Mapping):
-        raise _fault(described)
-    parts, columns = described["parts"], described["columns"]
-    known = {"codes", "scale"} <= parts.keys() and parts.keys() <= set(PARTS)
-    if not known or described["dtype"] not in COMPUTED or type(columns) is not int:
+    parts, known = described["parts"], {name: value for name, value in described.items() if name != "parts"}
+    if not is_head(known) or not isinstance(parts, Mapping) or not {"codes", "scale"} <= parts.keys() <= {*PARTS}:
         raise _fault(described)
     try:
-        format = from_json(described["format"])
+        format = readable(known["format"])
     except ConfigError as error:
         raise CheckpointError(f"a packed parameter has no known format: {error}") from error
     structs = {name: _struct(part) for name, part in parts.items()}
-    q = QTensor(**structs, format=format, columns=columns, dtype_name=described["dtype"])
-    _check(q)
+    return weight(structs, format=format, columns=known["columns"], dtype=known["dtype"])
+
+
+def readable(values: Any) -> Format:
+    """A format from its fields, as `from_json` has it.
+
+    Raises ConfigError as that does, and for one whose codes or activations a later version may know."""
+    f = from_json(values)
+    if f.levels not in ("int", *LEVELS, *FLOAT8) or (f.levels not in FLOAT8 and f.bits not in PLANES):
+        raise ConfigError(f"codes of {f.bits} bits for levels {f.levels[:40]!r} are not known; update jaxllm")
+    if f.activations not in (None, "int8", *FLOAT8):
+        raise ConfigError(f"activations of dtype {f.activations[:40]!r} are not known; update jaxllm")
+    if f.levels in LEVELS and len(LEVELS[f.levels]) < 2**f.bits:
+        raise ConfigError(f"{f.levels} has {len(LEVELS[f.levels])} levels, too few for {f.bits} bits")
+    return f
+
+
+def weight(parts: Mapping[str, Any], *, format: Format, columns: int, dtype: str) -> QTensor:
+    """The packed weight of these parts, numpy arrays or jax.ShapeDtypeStructs, in a format that is `readable`.
+
+    Raises CheckpointError where they do not fit together."""
+    q = QTensor(**parts, format=format, columns=columns, dtype_name=dtype)
+    if problem := _misfit(q):
+        what = f"the parts of a weight of {columns} columns in {format.name}"
+        raise CheckpointError(f"{what} do not fit together: {problem}")
     return q
 
 
@@ -85,26 +117,41 @@ def _fault(described: Any) -> CheckpointError:
     return CheckpointError(f"this describes no parameter: {reprlib.repr(described)}; save the model again")
 
 
-def _check(q: QTensor) -> None:
-    """CheckpointError where the parts of an abstract QTensor cannot belong to one weight."""
-    lead, codes = q.codes.shape[:-1], q.codes.shape[-1:]
-    if not lead or q.format.bits not in PLANES or q.scale.shape[:-1] != lead or 0 in q.scale.shape:
-        raise CheckpointError(f"the codes {q.codes.shape} and scales {q.scale.shape} of a weight do not fit")
-    width = 8 if q.codes.dtype != np.uint8 else PLANES[q.format.bits][0]
-    stored, G = codes[0] * 8 // width, q.scale.shape[-1]
-    rows = {name: part for name, part in q.row_parts().items() if name not in ("codes", "high")}
-    fits = q.columns >= 1 and stored >= q.columns and stored % G == 0
-    fits = fits and all(part.shape[:-1] == lead and _divides(part.shape[-1], G) for part in rows.values())
-    if q.high is not None:
-        fits = fits and len(PLANES[q.format.bits]) == 2 and q.high.shape[:-1] == lead
-        fits = fits and q.high.shape[-1] * 8 // PLANES[q.format.bits][-1] == stored
-    if not fits:
-        shapes = {name: part.shape for name, part in q.parts().items()}
-        raise CheckpointError(f"the parts of a weight of {q.columns} columns do not fit together: {shapes}")
+def _misfit(q: QTensor) -> str | None:
+    """What is wrong with the shapes and dtypes of a packed weight's parts, or None."""
+    f, lead = q.format, q.codes.shape[:-1]
+    widths = (8,) if f.levels in FLOAT8 else PLANES[f.bits]
+    kinds = (f.levels,) if f.levels in FLOAT8 else ("uint8", "int8") if f.bits == 8 else ("uint8",)
+    if q.codes.ndim < 2 or q.codes.dtype.name not in kinds:
+        return f"codes {q.codes.dtype} {list(q.codes.shape)}"
+    columns = q.codes.shape[-1] * 8 // widths[0]
+    groups = q.scale.shape[-1] if q.scale.ndim else 0
+    if not groups or columns % groups or not q.columns <= columns < q.columns + math.lcm(8, columns // groups):
+        return f"{q.columns} columns in codes {list(q.codes.shape)} with scales {list(q.scale.shape)}"
+    if f.group and columns // groups != f.group:
+        return f"groups of {columns // groups} columns instead of {f.group}"
+    above = q.super_scale.shape[-1] if q.super_scale is not None and q.super_scale.ndim else 1
+    wanted = {
+        "high": (*lead, columns * widths[-1] // 8) if len(widths) > 1 else None,
+        **dict.fromkeys(("scale", "zero", "offset"), (*lead, groups)),
+        **dict.fromkeys(("super_scale", "super_offset"), (*lead, above)),
+        "order": (*lead[:-1], q.columns),
+        "input_scale": lead[:-1] if q.input_scale is not None and q.input_scale.ndim else (),  # one an expert
+    }
+    for name, part in q.parts().items():
+        if name != "codes" and part.shape != wanted[name]:
+            return f"{name} of shape {list(part.shape)} instead of {wanted[name] and list(wanted[name])}"
+    return _missing(q, groups, above)
 
 
-def _divides(n: int, whole: int) -> bool:
-    return n > 0 and whole % n == 0
+def _missing(q: QTensor, groups: int, above: int) -> str | None:
+    if len(PLANES.get(q.format.bits, ())) > 1 and q.high is None:
+        return "its high bits are missing"
+    if not above or groups % above or (q.super_offset is not None and q.offset is None):
+        return "scales of scales that do not fit"
+    if isinstance(q.order, np.ndarray) and (np.sort(q.order, -1) != np.arange(q.columns)).any():
+        return "order is no order of its columns"
+    return None
 
 
 def nbytes(leaf: jax.ShapeDtypeStruct | QTensor) -> int:

@@ -106,14 +106,8 @@ def grouped_matmul(x: Array, q: QTensor, expert: Array, *, few: int, size: int) 
 
 
 def _in_blocks(x: Array, q: QTensor, expert: Array, size: int) -> Array:
-    R, E, N = x.shape[0], q.codes.shape[0], q.codes.shape[1]
-    counts = jnp.bincount(expert, length=E)
-    padded = -(-counts // size) * size
-    ends = jnp.cumsum(padded)
-    place = (ends - padded)[expert] + jnp.arange(R) - (jnp.cumsum(counts) - counts)[expert]
-    blocks = -(-R // size) + E
-    padded_x = jnp.zeros((blocks * size, x.shape[1]), x.dtype).at[place].set(x, unique_indices=True)
-    owner = jnp.minimum(jnp.searchsorted(ends, jnp.arange(blocks) * size, side="right"), E - 1)
+    E, N = q.codes.shape[:2]
+    blocks, owner, used, place = expert_blocks(x, expert, experts=E, size=size)
 
     @jax.checkpoint
     def one(block):
@@ -121,6 +115,21 @@ def _in_blocks(x: Array, q: QTensor, expert: Array, size: int) -> Array:
         empty = jnp.zeros((size, N), jnp.float32)
         return lax.cond(used, lambda: matmul(rows_, select(q, owner)), lambda: empty)
 
-    used = jnp.arange(blocks) * size < ends[-1]
-    y = lax.map(one, (padded_x.reshape(blocks, size, -1), owner, used))
-    return y.reshape(blocks * size, N)[place]
+    y = lax.map(one, (blocks, owner, jnp.arange(len(blocks)) < used))
+    return y.reshape(-1, N)[place]
+
+
+def expert_blocks(x: Array, expert: Array, *, experts: int, size: int) -> tuple[Array, Array, Array, Array]:
+    """Rows x [R, in] of experts i32 [R] that never decrease, in blocks of `size` rows with one expert each.
+
+    -> (blocks [n, size, in] padded with zeros, their experts i32 [n], how many of them are used i32 [], the place
+    i32 [R] of each row among the n * size), with n = ceil(R / size) + experts, the most there can be.
+    """
+    counts = jnp.bincount(expert, length=experts)
+    padded = -(-counts // size) * size
+    ends = jnp.cumsum(padded)
+    place = (ends - padded)[expert] + jnp.arange(len(x)) - (jnp.cumsum(counts) - counts)[expert]
+    n = -(-len(x) // size) + experts
+    owner = jnp.searchsorted(ends, jnp.arange(n) * size, side="right")
+    rows_ = jnp.zeros((n * size, x.shape[1]), x.dtype).at[place].set(x, unique_indices=True)
+    return rows_.reshape(n, size, -1), jnp.minimum(owner, experts - 1), ends[-1] // size, place

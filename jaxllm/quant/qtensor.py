@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,21 +16,14 @@ Array = jax.Array | np.ndarray
 
 # Codes of b bits are stored as little-endian fields of these widths in bytes: the low bits, then the high ones.
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
+# The arrays of a QTensor, in the order of its fields; files name them so.
+PARTS = ("codes", "scale", "high", "zero", "offset", "super_scale", "super_offset", "order", "input_scale")
+_WHOLE = ("order", "input_scale")  # these have no out axis
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=(
-        "codes",
-        "scale",
-        "high",
-        "zero",
-        "offset",
-        "super_scale",
-        "super_offset",
-        "order",
-        "input_scale",
-    ),
+    data_fields=PARTS,
     meta_fields=("format", "columns", "dtype_name"),
 )
 @dataclass(frozen=True)
@@ -78,8 +71,7 @@ class QTensor:
 
     def parts(self) -> dict[str, Array]:
         """The arrays it consists of, by field name."""
-        data = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _STATIC}
-        return {name: part for name, part in data.items() if part is not None}
+        return {name: part for name in PARTS if (part := getattr(self, name)) is not None}
 
     def astype(self, dtype: Any) -> QTensor:
         """The same codes standing for values of another dtype."""
@@ -91,10 +83,6 @@ class QTensor:
 
     def __repr__(self) -> str:
         return f"QTensor({self.format.name}, {list(self.shape)}, {self.dtype_name})"
-
-
-_STATIC = ("format", "columns", "dtype_name")
-_WHOLE = ("order", "input_scale")
 
 
 def pack(codes: Array, bits: int) -> tuple[Array, Array | None]:

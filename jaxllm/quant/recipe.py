@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 import re
 import reprlib
@@ -16,6 +15,7 @@ import numpy as np
 
 from jaxllm.config import ModelConfig, params_shape
 from jaxllm.errors import ConfigError
+from jaxllm.files import read_object
 from jaxllm.quant.adapted import LoRA
 from jaxllm.quant.encode import encode
 from jaxllm.quant.formats import UNQUANTIZED, Format, as_json, from_json, named
@@ -148,12 +148,10 @@ def read_recipe(path: pathlib.Path) -> Recipe:
 
     A format is a name, null, or an object of fields ({"base": "int4_g32", "group": 16}). Raises ConfigError
     where the file cannot be read or does not hold a recipe."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is no recipe in JSON ({error})") from error
-    if not isinstance(values, dict) or not values.keys() <= {"dtype", "rules"} or "rules" not in values:
-        raise ConfigError(f'{path} should hold {{"dtype": .., "rules": [[pattern, format], ..]}}')
+    form = 'it should hold {"dtype": .., "rules": [[pattern, format], ..]}'
+    values = read_object(path, ConfigError, form, missing=f"there is no recipe {path}; give the path of one")
+    if not values.keys() <= {"dtype", "rules"} or "rules" not in values:
+        raise ConfigError(f"{path} is no recipe; {form}")
     try:
         return Recipe(values["rules"], values.get("dtype"))
     except ConfigError as error:
