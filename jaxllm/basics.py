@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxllm import ops
 from jaxllm.config import Norm, Rope
@@ -21,11 +20,7 @@ def linear(p: dict, x: Array, out: jnp.dtype | None = None) -> Array:
 
 def norm(n: Norm, p: dict, x: Array) -> Array:
     """RMSNorm (arXiv 1910.07467) or LayerNorm (1607.06450) over the last axis, in f32, back in x's dtype."""
-    y = x.astype(F32)
-    if n.kind == "layer":
-        y = y - y.mean(-1, keepdims=True)
-    y = y * lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + n.eps) * p["w"].astype(F32)
-    return (y + p["b"].astype(F32) if n.bias else y).astype(x.dtype)
+    return ops.norm(x, p["w"], p["b"] if n.bias else None, eps=n.eps, centered=n.kind == "layer")
 
 
 def turn(rope: Rope, pos: Array) -> tuple[Array, Array]:

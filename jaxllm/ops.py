@@ -255,6 +255,38 @@ def _grouped_blocks(x: Array, w: Array, expert: Array) -> Array:
     return lax.fori_loop(0, used, one, y)[place]
 
 
+def norm(x: Array, w: Array, b: Array | None = None, *, eps: float, centered: bool = False) -> Array:
+    """RMSNorm (arXiv 1910.07467), or LayerNorm (1607.06450) where centered, of x [..., D] in f32, as x's dtype.
+
+    w, b: [D], or what broadcasts to x.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if _refused(native.refuses_norm(x, w, b)):
+        return _xla_norm(x, w, b, eps, centered)
+    return _norm(rows, w, b, eps, centered).reshape(x.shape)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def _norm(x: Array, w: Array, b: Array | None, eps: float, centered: bool) -> Array:
+    kernel = functools.partial(native.norm, eps=eps, centered=centered)
+    xla = functools.partial(_xla_norm, eps=eps, centered=centered)
+    return lax.platform_dependent(x, w, b, cpu=kernel, default=xla)
+
+
+@functools.partial(_norm.defjvp, symbolic_zeros=True)
+def _norm_jvp(eps, centered, primals, tangents):
+    xla = functools.partial(_xla_norm, eps=eps, centered=centered)
+    return _norm(*primals, eps, centered), _tangent(xla, primals, tangents)
+
+
+def _xla_norm(x: Array, w: Array, b: Array | None, eps: float, centered: bool) -> Array:
+    y = x.astype(jnp.float32)
+    if centered:
+        y = y - y.mean(-1, keepdims=True)
+    y = y * lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps) * w.astype(jnp.float32)
+    return (y if b is None else y + b.astype(jnp.float32)).astype(x.dtype)
+
+
 def once(x: Array) -> Array:
     """x, which has no gradient, worked out once however many layers use it.
 

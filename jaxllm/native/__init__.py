@@ -26,6 +26,8 @@ Array = jax.Array
 LEVELS = ("portable", "avx2", "avx512", "amx")  # as in cpu.h
 LIBRARY = pathlib.Path(__file__).with_name("_kernels.so")
 INTERFACE = 3  # as in ffi.cc: what Python and the library agree on
+CALLS = ("matmul", "gated", "packed", "packed_gated", "attend", "put", "norm", "keep")
+CALLS = tuple(f"jaxllm_{name}" for name in CALLS)  # what the library gives to XLA
 FLOATS = (jnp.float32, jnp.bfloat16)
 ACTIVATIONS = ("silu", "gelu_tanh")  # as in matmul.h
 
@@ -87,15 +89,7 @@ def _load() -> ctypes.CDLL | str:
         return f"{LIBRARY.name} does not load ({error}); run python -m jaxllm.native.build"
     if made != INTERFACE:
         return f"{LIBRARY.name} was built from other sources; run python -m jaxllm.native.build"
-    for name in (
-        "jaxllm_matmul",
-        "jaxllm_gated",
-        "jaxllm_attend",
-        "jaxllm_put",
-        "jaxllm_keep",
-        "jaxllm_packed",
-        "jaxllm_packed_gated",
-    ):
+    for name in CALLS:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return library
 
@@ -190,6 +184,31 @@ def keep(x: Array) -> Array:
     _library()
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
     return jax.ffi.ffi_call("jaxllm_keep", shape, vmap_method="broadcast_all", input_output_aliases={0: 0})(x)
+
+
+def refuses_norm(x: Array, w: Array, b: Array | None) -> str | None:
+    """Why `norm` does not take these; None where it does."""
+    if w.ndim != 1:
+        return f"it takes one weight for each column, not {list(w.shape)}"
+    if other := [a.dtype for a in (x, w, b) if a is not None and a.dtype not in (*FLOATS, jnp.float16)]:
+        return f"it is for floats of 16 and 32 bits, not {other[0]}"
+    return unavailable()
+
+
+def norm(
+    x: Array,
+    w: Array,
+    b: Array | None = None,
+    *,
+    eps: float,
+    centered: bool,
+    most: str | None = None,
+    threads: int | None = None,
+) -> Array:
+    """RMSNorm, or LayerNorm where centered, of the rows of x [m, D] with w, b [D]: in f32, back in x's dtype."""
+    b = jnp.zeros(0, jnp.float32) if b is None else b
+    call = jax.ffi.ffi_call("jaxllm_norm", jax.ShapeDtypeStruct(x.shape, x.dtype), vmap_method="sequential")
+    return call(x, w, b, eps=np.float32(eps), centered=bool(centered), **how(most, threads))
 
 
 def how(most: str | None, threads: int | None) -> dict[str, np.int64]:

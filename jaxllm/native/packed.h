@@ -10,18 +10,9 @@
 #include <cstdint>
 
 #include "matmul.h"
+#include "numbers.h"
 
 namespace jaxllm {
-
-// What scales and zeros may be stored as.
-enum class Number : int { kF32 = 0, kBF16 = 1, kF16 = 2, kU8 = 3, kS8 = 4, kE8M0 = 5, kE4M3 = 6 };
-
-// Numbers [n, count] of the weight's rows; count of them lie evenly along the columns. No data: there are none.
-struct Numbers {
-  const void* data = nullptr;
-  Number type = Number::kF32;
-  int64_t count = 0;
-};
 
 // How a code becomes a whole number.
 enum class Codes : int {

@@ -1,6 +1,7 @@
 // What XLA calls for products with packed weights.
 #include <string>
 
+#include "buffers.h"
 #include "packed.h"
 #include "parallel.h"
 #include "xla/ffi/api/ffi.h"
@@ -11,22 +12,6 @@ namespace {
 namespace ffi = xla::ffi;
 
 ffi::Error wrong(const std::string& what) { return ffi::Error::InvalidArgument("jaxllm: packed " + what); }
-
-bool known(ffi::DataType type, Number* number) {
-  switch (type) {
-    case ffi::F32: *number = Number::kF32; return true;
-    case ffi::BF16: *number = Number::kBF16; return true;
-    case ffi::F16: *number = Number::kF16; return true;
-    case ffi::U8: *number = Number::kU8; return true;
-    case ffi::S8: *number = Number::kS8; return true;
-    case ffi::DataType::F8E8M0FNU: *number = Number::kE8M0; return true;
-    case ffi::F8E4M3FN: *number = Number::kE4M3; return true;
-    default: return false;
-  }
-}
-
-int64_t bytes(Number type) { return type == Number::kF32 ? 4 : type == Number::kBF16 || type == Number::kF16 ? 2 : 1; }
-bool is_float(Number type) { return type == Number::kF32 || type == Number::kBF16 || type == Number::kF16; }
 
 // Numbers [experts, n, count], or none where the buffer is empty.
 bool read(ffi::AnyBuffer b, int64_t experts, int64_t n, Numbers* to) {
