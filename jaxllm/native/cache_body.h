@@ -1,6 +1,8 @@
 // Reading a cache in blocks of slots: values of any type as numbers, and codes as what they stand for.
 #pragma once
 
+#include <type_traits>
+
 #include "attention.h"
 #include "simd.h"
 
@@ -36,99 +38,146 @@ static inline const T* values(const Cache& c, int64_t row) {
 
 // ---- codes as numbers: kLanes of them from p on --------------------------------------------------------------
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 
-static inline V numbers(__m128i codes) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes)); }
-static inline V int8s(const uint8_t* p) { return numbers(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+#if defined(__AVX512F__)
+using Bytes = __m128i;
+using Words = __m256i;
+static inline Bytes bytes_at(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+static inline Bytes half_the_bytes_at(const uint8_t* p) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)); }
+static inline V numbers(Bytes b) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(b)); }
+static inline V f16_of_float8(Bytes b) {
+  const Words wide = _mm256_cvtepu8_epi16(b), size = _mm256_and_si256(wide, _mm256_set1_epi16(0x7f));
+  const Words sign = _mm256_slli_epi16(_mm256_and_si256(wide, _mm256_set1_epi16(0x80)), 8);
+  const Words none = _mm256_and_si256(_mm256_cmpeq_epi16(size, _mm256_set1_epi16(0x7f)), _mm256_set1_epi16(0x7e00));
+  return _mm512_cvtph_ps(_mm256_or_si256(_mm256_or_si256(_mm256_slli_epi16(size, 7), sign), none));
+}
+#else
+using Bytes = __m128i;  // in its lower half
+static inline Bytes bytes_at(const uint8_t* p) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)); }
+static inline Bytes half_the_bytes_at(const uint8_t* p) {
+  int32_t four;
+  std::memcpy(&four, p, sizeof four);
+  return _mm_cvtsi32_si128(four);
+}
+static inline V numbers(Bytes b) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(b)); }
+static inline V f16_of_float8(Bytes b) {
+  const __m128i wide = _mm_cvtepu8_epi16(b), size = _mm_and_si128(wide, _mm_set1_epi16(0x7f));
+  const __m128i sign = _mm_slli_epi16(_mm_and_si128(wide, _mm_set1_epi16(0x80)), 8);
+  const __m128i none = _mm_and_si128(_mm_cmpeq_epi16(size, _mm_set1_epi16(0x7f)), _mm_set1_epi16(0x7e00));
+  return _mm256_cvtph_ps(_mm_or_si128(_mm_or_si128(_mm_slli_epi16(size, 7), sign), none));
+}
+#endif
+
+static inline V int8s(const uint8_t* p) { return numbers(bytes_at(p)); }
 static inline V int4s(const uint8_t* p) {
-  const __m128i pairs = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  const __m128i pairs = _mm_cvtepu8_epi16(half_the_bytes_at(p));
   const __m128i codes = _mm_and_si128(_mm_or_si128(pairs, _mm_slli_epi16(pairs, 4)), _mm_set1_epi8(15));
   return numbers(_mm_sub_epi8(codes, _mm_set1_epi8(8)));
 }
 // An f16 of the same bits is 2^-8 of the number: its exponent counts from 15 instead of 7.
-static inline V float8s(const uint8_t* p) {
-  const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  const __m256i moved = _mm256_srai_epi16(_mm256_slli_epi16(wide, 8), 1);
-  const __m256i bits = _mm256_and_si256(moved, _mm256_set1_epi16(static_cast<int16_t>(0xbfff)));
-  const __mmask16 none = _mm256_cmpeq_epi16_mask(_mm256_and_si256(wide, _mm256_set1_epi16(0x7f)), _mm256_set1_epi16(0x7f));
-  return _mm512_mask_mov_ps(_mm512_cvtph_ps(bits) * set(256), none, set(__builtin_nanf("")));
-}
+static inline V float8s(const uint8_t* p) { return f16_of_float8(bytes_at(p)) * set(256); }
 
 #else
 
 static inline float number(uint8_t float8) {
-  const uint16_t sign = static_cast<uint16_t>((float8 & 0x80) << 8), rest = float8 & 0x7f;
-  if (rest == 0x7f) return __builtin_nanf("");
-  return widened(F16{static_cast<uint16_t>(sign | rest << 7)}) * 256;
+  const uint16_t sign = static_cast<uint16_t>((float8 & 0x80) << 8), size = float8 & 0x7f;
+  if (size == 0x7f) return __builtin_nanf("");
+  return widened(F16{static_cast<uint16_t>(sign | size << 7)}) * 256;
 }
 static inline V int8s(const uint8_t* p) {
-  float f[kLanes];
-  for (int64_t i = 0; i < kLanes; ++i) f[i] = static_cast<float>(static_cast<int8_t>(p[i]));
-  return load(f);
+  V v;
+  for (int64_t i = 0; i < kLanes; ++i) v[i] = static_cast<float>(static_cast<int8_t>(p[i]));
+  return v;
 }
 static inline V int4s(const uint8_t* p) {
-  float f[kLanes];
-  for (int64_t i = 0; i < kLanes; ++i) f[i] = static_cast<float>((p[i / 2] >> 4 * (i % 2) & 15) - 8);
-  return load(f);
+  V v;
+  for (int64_t i = 0; i < kLanes; ++i) v[i] = static_cast<float>((p[i / 2] >> 4 * (i % 2) & 15) - 8);
+  return v;
 }
 static inline V float8s(const uint8_t* p) {
-  float f[kLanes];
-  for (int64_t i = 0; i < kLanes; ++i) f[i] = number(p[i]);
-  return load(f);
+  V v;
+  for (int64_t i = 0; i < kLanes; ++i) v[i] = number(p[i]);
+  return v;
 }
 
 #endif
 
-// n numbers from column d of a row of codes on; the other lanes hold anything.
-static inline V codes(const Cache& c, int64_t row, int64_t d, int64_t n) {
-  const int per_byte = c.held == Held::kInt4 ? 2 : 1;
-  const uint8_t* from = static_cast<const uint8_t*>(c.values) + (row * c.h + d) / per_byte;
-  uint8_t copy[kLanes] = {};
-  if (n < kLanes) {
-    std::memcpy(copy, from, static_cast<size_t>((n + per_byte - 1) / per_byte));
-    from = copy;
-  }
-  if (c.held == Held::kInt8) return int8s(from);
-  return c.held == Held::kInt4 ? int4s(from) : float8s(from);
+template <Held H>
+static inline V codes(const uint8_t* p) {
+  return H == Held::kInt8 ? int8s(p) : H == Held::kInt4 ? int4s(p) : float8s(p);
 }
 
-static inline float scale_of(const Cache& c, int64_t at) {
-  return c.held == Held::kInt4 ? widened(static_cast<const Half*>(c.scales)[at]) : static_cast<const float*>(c.scales)[at];
+template <Held H>
+static inline float scale_at(const Cache& c, int64_t at) {
+  return H == Held::kInt4 ? widened(static_cast<const Half*>(c.scales)[at]) : static_cast<const float*>(c.scales)[at];
 }
 
-// The scales of n values from column d on.
-static inline V scales(const Cache& c, int64_t row, int64_t d, int64_t n) {
-  const int64_t group = c.h / c.groups, at = row * c.groups;
-  if (d / group == (d + n - 1) / group) return set(scale_of(c, at + d / group));
+// The scales of n values from column d on, where they differ within a vector.
+template <Held H>
+static inline V scales(const Cache& c, int64_t at, int64_t group, int64_t d, int64_t n) {
   float f[kLanes] = {};
-  for (int64_t i = 0; i < n; ++i) f[i] = scale_of(c, at + (d + i) / group);
+  for (int64_t i = 0; i < n; ++i) f[i] = scale_at<H>(c, at + (d + i) / group);
   return load(f);
 }
 
-static inline V as_type(Type type, V v) {
-  return type == Type::kF32 ? v : type == Type::kBF16 ? rounded(v) : rounded_f16(v);
+template <Type Y>
+static inline V as_type(V v) {
+  return Y == Type::kF32 ? v : Y == Type::kBF16 ? rounded(v) : rounded_f16(v);
 }
 
-// n values of a row from column d on; the other lanes are zero.
-template <typename T>
-static inline V plain(const Cache& c, int64_t row, int64_t d, int64_t n) {
-  const T* from = values<T>(c, row) + d;
-  return n >= kLanes ? load(from) : load(from, n);
+// Rows of codes as [slots, pitch] values, rounded to Y, and zeros.
+template <Held H, Type Y, typename T>
+void expand_codes(const Cache& c, int64_t row, int64_t slots, T* to, int64_t pitch) {
+  constexpr int64_t kPerByte = H == Held::kInt4 ? 2 : 1;
+  const int64_t group = c.h / c.groups, whole = c.h / kLanes * kLanes;
+  const bool even = group % kLanes == 0;
+  for (; slots > 0; --slots, ++row, to += pitch) {
+    const uint8_t* from = static_cast<const uint8_t*>(c.values) + row * c.h / kPerByte;
+    const int64_t at = row * c.groups;
+    for (int64_t g = 0, d = 0; even && g < c.groups; ++g) {
+      const V scale = set(scale_at<H>(c, at + g));
+      for (const int64_t end = d + group; d < end; d += kLanes)
+        store(to + d, as_type<Y>(codes<H>(from + d / kPerByte) * scale));
+    }
+    for (int64_t d = 0; !even && d < whole; d += kLanes)
+      store(to + d, as_type<Y>(codes<H>(from + d / kPerByte) * scales<H>(c, at, group, d, kLanes)));
+    if (whole == pitch) continue;
+    const int64_t n = c.h - whole;
+    uint8_t copy[kLanes] = {};
+    std::memcpy(copy, from + whole / kPerByte, static_cast<size_t>(n / kPerByte));
+    const V last = as_type<Y>(codes<H>(copy) * scales<H>(c, at, group, whole, n));
+    store(to + whole, where((1u << n) - 1, last, set(0)));
+    for (int64_t d = whole + kLanes; d < pitch; d += kLanes) store(to + d, set(0));
+  }
 }
-static inline V some(const Cache& c, Type type, int64_t row, int64_t d, int64_t n) {
-  if (c.held == Held::kPlain && type == Type::kBF16) return plain<Half>(c, row, d, n);
-  if (c.held == Held::kPlain) return type == Type::kF16 ? plain<F16>(c, row, d, n) : plain<float>(c, row, d, n);
-  const int64_t count = n < kLanes ? n : kLanes;
-  const V v = as_type(type, codes(c, row, d, count) * scales(c, row, d, count));
-  return n < kLanes ? where((1u << n) - 1, v, set(0)) : v;
+
+// The same of rows of numbers, U as they lie.
+template <typename U, typename T>
+void expand_plain(const Cache& c, int64_t row, int64_t slots, T* to, int64_t pitch) {
+  for (; slots > 0; --slots, ++row, to += pitch) {
+    const U* from = values<U>(c, row);
+    int64_t d = 0;
+    for (; d + kLanes <= c.h; d += kLanes) store(to + d, load(from + d));
+    for (; d < pitch; d += kLanes) store(to + d, d < c.h ? load(from + d, c.h - d) : set(0));
+  }
+}
+
+template <Type Y, typename T>
+auto expander(Held held) {
+  using U = std::conditional_t<Y == Type::kF32, float, std::conditional_t<Y == Type::kBF16, Half, F16>>;
+  if (held == Held::kPlain) return &expand_plain<U, T>;
+  if (held == Held::kInt8) return &expand_codes<Held::kInt8, Y, T>;
+  return held == Held::kInt4 ? &expand_codes<Held::kInt4, Y, T> : &expand_codes<Held::kFloat8, Y, T>;
 }
 
 // Rows `row` to `row + slots` of a cache as [64, pitch], zeros around them; pitch is a multiple of kLanes.
 template <typename T>
 void expand(const Cache& c, Type type, int64_t row, int64_t slots, T* to, int64_t pitch) {
-  for (int64_t s = 0; s < slots; ++s)
-    for (int64_t d = 0; d < pitch; d += kLanes)
-      store(to + s * pitch + d, d < c.h ? some(c, type, row + s, d, c.h - d) : set(0));
+  const auto one = type == Type::kF32    ? expander<Type::kF32, T>(c.held)
+                   : type == Type::kBF16 ? expander<Type::kBF16, T>(c.held)
+                                         : expander<Type::kF16, T>(c.held);
+  one(c, row, slots, to, pitch);
   std::memset(to + slots * pitch, 0, sizeof(T) * static_cast<size_t>((kBlock - slots) * pitch));
 }
 
