@@ -1,5 +1,6 @@
-// Attention of bf16 on AMX tiles; codes are turned into bf16 block by block first. Keys are left operands where they lie; values are turned once for
-// all queries of a piece; queries and weights are right operands, so that scores come out with queries as lanes.
+// Attention of bf16 on AMX tiles; codes are turned into bf16 block by block first. Keys are left operands where they
+// lie; values are turned once for all queries of a piece; queries and weights are right operands, so that scores come
+// out with queries as lanes.
 #include "attention_body.h"
 #include "matmul.h"
 #include "tiles.h"
@@ -14,7 +15,8 @@ class TileProducts {
   TileProducts(const Attention& a, const Piece& p, int64_t count, Parts& parts)
       : a_(a), p_(p), steps_(steps(a.k.h)), queries_(parts.take<Half>(count * packed_tile(a.k.h, kTile))),
         k_copy_(parts.take<Half>(kBlock * steps_ * kDepth)),
-        v_copy_(parts.take<Half>(a.v.held == Held::kPlain ? 0 : kBlock * depth(a))), turned_(parts.take<Half>(kBlock * depth(a))),
+        v_copy_(parts.take<Half>(a.v.held == Held::kPlain ? 0 : kBlock * depth(a))),
+        turned_(parts.take<Half>(kBlock * depth(a))),
         pairs_(parts.take<uint32_t>(kBlock / 2 * kTile)) {
     if (queries_ == nullptr) return;
     for (int64_t i = 0; i < count; ++i) pack_queries(i);

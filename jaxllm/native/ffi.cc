@@ -134,8 +134,8 @@ ffi::Error attend_call(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k,
   if (!known(q) || y->element_type() != q.element_type()) return wrong("attend is for f32, bf16 and f16");
   const Held as = static_cast<Held>(held);
   Attention a{q.untyped_data(), cache(k, k_scales, q, as), cache(v, v_scales, q, as),
-              reinterpret_cast<const uint8_t*>(mask.typed_data()), nullptr, nullptr, nullptr, {}, y->untyped_data(), type(q),
-              qs[0], qs[1], qs[2], qs[3], ks[2], scale, softcap};
+              reinterpret_cast<const uint8_t*>(mask.typed_data()), nullptr, nullptr, nullptr, {}, y->untyped_data(),
+              type(q), qs[0], qs[1], qs[2], qs[3], ks[2], scale, softcap};
   const bool caches_fit = ks[0] == a.b && ks[1] == a.heads && vs[0] == a.b && vs[1] == a.heads && vs[2] == a.s;
   if (!caches_fit || a.k.h != qs[4] || (a.v.h == 0 && v.element_count() > 0))
     return wrong("attend's caches have another shape, type or format");
