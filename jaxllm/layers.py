@@ -84,14 +84,13 @@ def _qk_norm(n: QKNorm, p: dict, q: Array, k: Array):
 
 def _scoring(m: Attention, p: dict, cache: KV, step: Step) -> dict:
     G = m.heads // m.kv_heads
-    bias = sinks = None
+    bias = slopes = sinks = None
     if m.alibi:
-        distance = (cache.pos[:, None, :] - step.pos[:, :, None]).astype(F32)
-        slope = jnp.asarray(m.alibi, F32).reshape(m.kv_heads, 1, G, 1)
-        bias = slope * distance[:, None, :, None]  # [B, K, T, G, S]
+        bias = (cache.pos[:, None, :] - step.pos[:, :, None]).astype(F32)[:, None, :, None]  # [B, 1, T, 1, S]
+        slopes = jnp.asarray(m.alibi, F32).reshape(m.kv_heads, G)
     if m.sinks:
         sinks = p["sinks"].reshape(m.kv_heads, G)
-    return dict(scale=m.scale, softcap=m.softcap, bias=bias, sinks=sinks)
+    return dict(scale=m.scale, softcap=m.softcap, bias=bias, slopes=slopes, sinks=sinks)
 
 
 def _attend(q: Array, k: Array, v: Array, mask: Array, tap: Recorder, **scoring) -> Array:

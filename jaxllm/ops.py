@@ -345,10 +345,11 @@ def attention_scores(
     scale: float,
     softcap: float | None = None,
     bias: Array | None = None,
+    slopes: Array | None = None,
 ) -> Array:
     """Logits f32 [B, K, T, G, S] of q [B, T, K, G, h] over k [B, K, S, h], very negative where mask is False.
 
-    mask bool [B, T, S]; bias f32 [B, K, T, G, S], the axes other than T may be 1.
+    mask bool [B, T, S]; bias f32 [B, K, T, G, S], the axes other than T may be 1; slopes f32 [K, G] multiply it.
     """
     B, T, K, G, h = q.shape
     # Queries of one kv head become the rows of one product: 4 to 7 times faster than a batched einsum on CPU.
@@ -356,7 +357,7 @@ def attention_scores(
     scores = lax.dot_general(rows, k, (((3,), (3,)), _PER_HEAD), preferred_element_type=jnp.float32)
     scores = scores.reshape(B, K, T, G, -1) * scale
     if bias is not None:
-        scores = scores + bias
+        scores = scores + (bias if slopes is None else bias * slopes[:, None, :, None])
     if softcap:
         scores = jnp.tanh(scores / softcap) * softcap
     return jnp.where(mask[:, None, :, None], scores, jnp.finfo(jnp.float32).min)
@@ -397,35 +398,48 @@ def weighted_sum(weights: Array, v: Array | CacheCodes) -> Array:
 def attend(
     q: Array, k: Array | CacheCodes, v: Array | CacheCodes, mask: Array, *, sinks: Array | None = None, **scoring
 ) -> Array:
-    """Softmax attention of q [B, T, K, G, h] over k, v [B, K, S, h] -> [B, T, K, G, h] in q's dtype.
+    """Softmax attention of q [B, T, K, G, h] over k [B, K, S, h], v [B, K, S, j] -> [B, T, K, G, j] in q's dtype.
 
     The other arguments as in `attention_weights`.
     """
-    scoring |= dict(sinks=sinks)
-    k, v = expanded(k), expanded(v)
-    if _refused(native.refuses_attend(q, k, v, scoring.get("bias"))):
-        return _xla_attend(q, k, v, mask, **scoring)
-    return _attend(q, k, v, mask, sinks, scoring["scale"], scoring.get("softcap"))
+    if _held(k) != _held(v) or _refused(native.refuses_attend(q, k, v)):
+        return _xla_attend(q, k, v, mask, sinks=sinks, **scoring)
+    extras = (sinks, scoring.get("bias"), scoring.get("slopes"))
+    return _attend(q, k, v, mask, *extras, scoring["scale"], scoring.get("softcap"))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(5, 6))
-def _attend(q: Array, k: Array, v: Array, mask: Array, sinks: Array | None, scale, softcap) -> Array:
-    kernel = functools.partial(native.attend, scale=scale, softcap=softcap)
-    xla = lambda q, k, v, mask, sinks: _xla_attend(q, k, v, mask, sinks=sinks, scale=scale, softcap=softcap)
-    return lax.platform_dependent(q, k, v, mask, sinks, cpu=kernel, default=xla)
+def _held(cache: Array | CacheCodes) -> str | None:
+    return cache.format if isinstance(cache, CacheCodes) else None
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(7, 8))
+def _attend(q, k, v, mask, sinks, bias, slopes, scale: float, softcap: float | None) -> Array:
+    kernel, xla = (functools.partial(f, scale=scale, softcap=softcap) for f in (_native_attend, _xla_attend))
+    default = lambda *args: xla(*args[:4], **dict(zip(("sinks", "bias", "slopes"), args[4:], strict=True)))
+    return lax.platform_dependent(q, k, v, mask, sinks, bias, slopes, cpu=kernel, default=default)
+
+
+def _native_attend(q, k, v, mask, *extras: Array | None, **scoring) -> Array:
+    if _held(k) is None:
+        return native.attend(q, k, v, mask, *extras, **scoring)
+    return native.attend(q, k.codes, v.codes, mask, *extras, (k.scale, v.scale), held=k.format, **scoring)
 
 
 @_attend.defjvp
 def _attend_jvp(scale, softcap, primals, tangents):
-    (q, k, v, mask, sinks), (dq, dk, dv, _, dsinks) = primals, tangents
-    xla = lambda q, k, v, sinks: _xla_attend(q, k, v, mask, sinks=sinks, scale=scale, softcap=softcap)
-    tangent = jax.jvp(xla, (q, k, v, sinks), (dq, dk, dv, dsinks))[1]
-    return _attend(q, k, v, mask, sinks, scale, softcap), tangent
+    mask = primals[3]
+
+    def xla(q, k, v, sinks, bias, slopes):
+        extras = dict(sinks=sinks, bias=bias, slopes=slopes)
+        return _xla_attend(q, k, v, mask, **extras, scale=scale, softcap=softcap)
+
+    linear = [(*side[:3], *side[4:]) for side in (primals, tangents)]
+    return _attend(*primals, scale, softcap), jax.jvp(xla, *linear)[1]
 
 
 def _xla_attend(q: Array, k: Array, v: Array, mask: Array, *, sinks: Array | None, **scoring) -> Array:
     """Queries go in blocks, so that scores stay small."""
-    B, T, K, G, _ = q.shape
+    k, v, (B, T, K, G, _) = expanded(k), expanded(v), q.shape
     blocks = min(MOST_BLOCKS, -(-B * T * K * G * k.shape[2] // BLOCK_SCORES))
     size = -(-T // blocks)
     parts = [

@@ -192,14 +192,21 @@ def _mixer(block: Block, cache: KV | Latent | Recurrent, rows: int, item: int) -
         case _:  # projections, the convolution's line, gates and the scan's inputs; the scan's output
             wide = 4 * rows * cache.conv.shape[-1]
             return 7 * wide + _bytes(cache), wide
-    scores = 0 if _blockwise(m, cache) else 2 * 4 * rows * m.heads * cache.pos.shape[1]
-    return rows * projected * item + scores + _bytes(cache) + _unpacked(cache, item), 0
+    seen = 4 * rows * cache.pos.shape[1]  # one f32 for each new token and slot
+    apart = (seen if getattr(m, "alibi", None) else 0) if _blockwise(cache) else _scores(m, cache, seen, item)
+    return rows * projected * item + apart + _bytes(cache), 0
 
 
-def _blockwise(m: Attention | MLA, cache: KV | Latent) -> bool:
-    """Whether the kernel that keeps no scores takes this attention, on a CPU."""
+def _scores(m: Attention | MLA, cache: KV | Latent, seen: int, item: int) -> int:
+    """Without the kernel: scores twice, and keys and values kept in few bits expanded."""
+    lines = [line for line in vars(cache).values() if isinstance(line, CacheCodes)]
+    return 2 * seen * m.heads + sum(math.prod(line.shape) * item for line in lines)
+
+
+def _blockwise(cache: KV | Latent) -> bool:
+    """Whether the kernel that keeps no scores takes attention to this cache, on a CPU."""
     line = cache.k if isinstance(cache, KV) else cache.c
-    return getattr(m, "alibi", None) is None and native.refuses_attend(line, line, line, None) is None
+    return native.refuses_attend(line, line, line) is None
 
 
 def _ffn(block: Block, rows: int, width: int, item: int) -> tuple[int, int]:
@@ -228,12 +235,6 @@ def _expanded(shapes: Shapes, formats: Formats, rows: int) -> int:
     small = sum(4 * size for size in sizes if size <= SMALL_WEIGHTS)
     products = sum(4 * rows * shape[-2] for shape, size in zip(packed, sizes, strict=True) if size > SMALL_WEIGHTS)
     return small + products + 5 * min(max(sizes, default=0) // 2, BLOCK_WEIGHTS)
-
-
-def _unpacked(cache: KV | Latent, item: int) -> int:
-    """Keys and values kept in few bits are expanded for the products."""
-    lines = [line for line in vars(cache).values() if isinstance(line, CacheCodes)]
-    return sum(math.prod(line.shape) * item for line in lines)
 
 
 def _bytes(cache: KV | Latent | Recurrent) -> int:

@@ -5,6 +5,7 @@ import pathlib
 
 import pytest
 
+from jaxllm import native
 from tests.parity import HEAD, row
 
 os.environ.setdefault("JAXLLM_CACHE", "off")  # tests neither read nor leave compiled programs in the user's cache
@@ -36,6 +37,20 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(HEAD)
         for name, errors in sorted(found):
             terminalreporter.write_line(row(name, errors))
+
+
+@pytest.fixture
+def built():
+    if reason := native.unavailable():
+        pytest.skip(f"no native kernels: {reason}")
+
+
+@pytest.fixture(params=native.LEVELS)
+def level(built, request):
+    """Each instruction set up to the best of this machine."""
+    if native.LEVELS.index(request.param) > native.LEVELS.index(native.level()):
+        pytest.skip(f"this machine has no {request.param}")
+    return request.param
 
 
 @pytest.fixture(scope="session")

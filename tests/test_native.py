@@ -16,21 +16,7 @@ from jaxllm.basics import activate
 from jaxllm.errors import JaxllmError
 from jaxllm.native import build
 
-F32, BF16 = jnp.float32, jnp.bfloat16
-
-
-@pytest.fixture
-def built():
-    if reason := native.unavailable():
-        pytest.skip(f"no native kernels: {reason}")
-
-
-@pytest.fixture(params=native.LEVELS)
-def level(built, request):
-    """Each instruction set up to the best of this machine."""
-    if native.LEVELS.index(request.param) > native.LEVELS.index(native.level()):
-        pytest.skip(f"this machine has no {request.param}")
-    return request.param
+F32, BF16, F16 = jnp.float32, jnp.bfloat16, jnp.float16
 
 
 def normal(shape, dtype=F32, seed=0):
@@ -57,11 +43,20 @@ def products(x, w):
     ("m", "k", "n"), [(1, 576, 576), (2, 40, 33), (7, 1600, 130), (33, 37, 65), (16, 32, 16), (513, 64, 70)]
 )
 def test_matmul_is_the_product(level, m, k, n):
-    for x_type, w_type in [(BF16, BF16), (F32, F32), (F32, BF16), (BF16, F32)]:
+    for x_type, w_type in [
+        (BF16, BF16),
+        (F32, F32),
+        (F16, F16),
+        (F16, BF16),
+        (F32, F16),
+        (F32, BF16),
+        (BF16, F32),
+    ]:
         x, w = normal((m, k), x_type), normal((n, k), w_type, 1)
         got = matmul(x, w, out=F32, most=level)
         assert np.abs(np.asarray(got, np.float64) - products(x, w)).max() < bound(k)
-    np.testing.assert_array_equal(matmul(x, w, out=BF16, most=level), got.astype(BF16))
+    for out in (BF16, F16):
+        np.testing.assert_array_equal(matmul(x, w, out=out, most=level), got.astype(out))
 
 
 def test_matmul_sums_long_rows(level):
@@ -71,7 +66,7 @@ def test_matmul_sums_long_rows(level):
     assert np.abs(np.asarray(got, np.float64) - products(x, w)).max() < bound(28672)
 
 
-@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("dtype", [BF16, F32, F16])
 @pytest.mark.parametrize("k", [100, 3072])
 def test_a_row_has_the_same_bits_in_any_company(level, dtype, k):
     x, w = normal((513, k), dtype), normal((70, k), dtype, 1)
@@ -320,19 +315,19 @@ def test_another_platform_keeps_its_own_form(built):
 def test_explain_says_why(built):
     x, w = normal((2, 32)), normal((8, 32))
     assert ops.explain(x, w) == f"native kernel, {native.level()}"
-    assert "float16" in ops.explain(x.astype(jnp.float16), w)
+    assert ops.explain(x.astype(F16), w.astype(F16)) == f"native kernel, {native.level()}"
+    assert "not int32" in ops.explain(x, w.astype(jnp.int32))
     with ops.portable():
         assert "ops.portable() is on" in ops.explain(x, w)
 
 
 def test_what_is_not_taken_goes_the_other_way(built):
     q, k, v, mask = case(1, 2, 1, 2, 8, 5, "causal", F32)
-    assert "bias" in native.refuses_attend(q, k, v, jnp.zeros((1, 1, 2, 1, 5)))
-    assert "float16" in native.refuses_attend(q.astype(jnp.float16), k, v, None)
-    biased = ops.attend(q, k, v, mask, scale=0.3, bias=jnp.zeros((1, 1, 2, 1, 5)))
-    close(biased, ops.attend(q, k, v, mask, scale=0.3))
-    half = ops.matmul(normal((2, 32), jnp.float16), normal((8, 32), jnp.float16))
-    assert half.dtype == jnp.float16
+    assert "not float16, float32 and float32" in native.refuses_attend(q.astype(F16), k, v)
+    mixed = ops.attend(q, k.astype(BF16), v, mask, scale=0.3)
+    close(mixed, ops.attend(q, k.astype(BF16).astype(F32), v, mask, scale=0.3))
+    whole = ops.matmul(normal((2, 32)), jnp.ones((8, 32), jnp.int32))
+    assert whole.dtype == F32
 
 
 ALONE = "from jaxllm import native; print(native.describe())"

@@ -28,19 +28,6 @@ NAMES += ("int8_g32", "int4", "int8", "uint3_g32", "uint4_g32", "uint4_g128", "u
 NAMES += ("nf4", "fp4", "mxfp4", *MADE)
 
 
-@pytest.fixture
-def built():
-    if reason := native.unavailable():
-        pytest.skip(f"no native kernels: {reason}")
-
-
-@pytest.fixture(params=native.LEVELS)
-def level(built, request):
-    if native.LEVELS.index(request.param) > native.LEVELS.index(native.level()):
-        pytest.skip(f"this machine has no {request.param}")
-    return request.param
-
-
 def normal(shape, dtype=F32, seed=0):
     return jnp.asarray(np.random.default_rng([seed, *shape]).standard_normal(shape), dtype)
 

@@ -25,11 +25,12 @@ Array = jax.Array
 
 LEVELS = ("portable", "avx2", "avx512", "amx")  # as in cpu.h
 LIBRARY = pathlib.Path(__file__).with_name("_kernels.so")
-INTERFACE = 3  # as in ffi.cc: what Python and the library agree on
+INTERFACE = 4  # as in ffi.cc: what Python and the library agree on
 CALLS = ("matmul", "gated", "packed", "packed_gated", "attend", "put", "norm", "keep")
 CALLS = tuple(f"jaxllm_{name}" for name in CALLS)  # what the library gives to XLA
-FLOATS = (jnp.float32, jnp.bfloat16)
+FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 ACTIVATIONS = ("silu", "gelu_tanh")  # as in matmul.h
+HELD = (None, "int8", "fp8", "int4")  # as in attention.h
 
 
 def unavailable() -> str | None:
@@ -97,7 +98,7 @@ def _load() -> ctypes.CDLL | str:
 def refuses_matmul(x: Array, w: Array) -> str | None:
     """Why `matmul` does not take x [m, k] and w [n, k]; None where it does."""
     if other := [str(a.dtype) for a in (x, w) if a.dtype not in FLOATS]:
-        return f"it multiplies float32 and bfloat16, not {' and '.join(other)}"
+        return f"it multiplies float32, bfloat16 and float16, not {' and '.join(other)}"
     return unavailable()
 
 
@@ -130,12 +131,11 @@ def gated(x: Array, gate: Array, up: Array, *, act: str, threads: int | None = N
     return call(x, gate, up, activation=np.int64(ACTIVATIONS.index(act)), threads=how(None, threads)["threads"])
 
 
-def refuses_attend(q: Array, k: Array, v: Array, bias: Array | None) -> str | None:
-    """Why `attend` does not take these; None where it does."""
-    if bias is not None:
-        return "it takes no bias on the scores"
+def refuses_attend(q: Array, k: Array, v: Array) -> str | None:
+    """Why `attend` does not take arrays or packed caches (their dtype is the values'); None where it does."""
     if q.dtype not in FLOATS or not q.dtype == k.dtype == v.dtype:
-        return f"it is for float32 or bfloat16 throughout, not {q.dtype}, {k.dtype} and {v.dtype}"
+        names = f"{q.dtype}, {k.dtype} and {v.dtype}"
+        return f"it is for float32, bfloat16 or float16 throughout, not {names}"
     return unavailable()
 
 
@@ -145,28 +145,39 @@ def attend(
     v: Array,
     mask: Array,
     sinks: Array | None = None,
+    bias: Array | None = None,
+    slopes: Array | None = None,
+    scales: tuple[Array, Array] | None = None,
     *,
     scale: float,
     softcap: float | None = None,
+    held: str | None = None,
     most: str | None = None,
     threads: int | None = None,
 ) -> Array:
-    """Softmax attention of q [B, T, K, G, h] over k, v [B, K, S, h] where mask bool [B, T, S] -> as q.
+    """Softmax attention of q [B, T, K, G, h] over k [B, K, S, h], v [B, K, S, j] where mask bool [B, T, S] sees.
 
-    sinks f32 [K, G] as in `jaxllm.ops.attention_weights`. A query that sees nothing gets zeros. The cache is taken
-    in blocks of 64 slots: a query's bits do not depend on the other queries, nor on the threads.
+    Gives [B, T, K, G, j] in q's dtype, zeros for a query that sees nothing. sinks f32 [K, G], bias f32
+    [B, K, T, G, S] (any axis may be 1) and slopes f32 [K, G] as in `jaxllm.ops.attention_weights`.
+
+    held: one of HELD; where it is not None, k and v are the codes and `scales` their scales as in
+    `jaxllm.quant.cache.CacheCodes`. They give the bits of values expanded to q's dtype first.
+
+    The cache is taken in blocks of 64 slots: a query's bits depend neither on other queries nor on the threads.
     """
-    sinks = jnp.zeros(0, jnp.float32) if sinks is None else sinks.astype(jnp.float32)
-    call = jax.ffi.ffi_call("jaxllm_attend", jax.ShapeDtypeStruct(q.shape, q.dtype), vmap_method="sequential")
-    numbers = dict(scale=np.float32(scale), softcap=np.float32(softcap or 0))
-    return call(q, k, v, mask, sinks, **numbers, **how(most, threads))
+    none = jnp.zeros(0, jnp.float32)
+    extras = [none if a is None else a.astype(jnp.float32) for a in (sinks, bias, slopes)]
+    shape = (*q.shape[:-1], v.shape[-1] * (2 if held == "int4" else 1))
+    call = jax.ffi.ffi_call("jaxllm_attend", jax.ShapeDtypeStruct(shape, q.dtype), vmap_method="sequential")
+    numbers = dict(scale=np.float32(scale), softcap=np.float32(softcap or 0), held=np.int64(HELD.index(held)))
+    return call(q, k, v, mask, *extras, *(scales or (none, none)), **numbers, **how(most, threads))
 
 
 def refuses_put(cache: Array) -> str | None:
     """Why `put` does not take a cache; None where it does."""
     if cache.ndim != 4:
         return f"it is for caches [B, K, S, h], not of {cache.ndim} axes"
-    if cache.dtype not in (*FLOATS, jnp.float16, jnp.int8, jnp.uint8):
+    if cache.dtype not in (*FLOATS, jnp.int8, jnp.uint8):
         return f"it copies whole bytes of floats and 8-bit integers, not {cache.dtype}"
     return unavailable()
 
@@ -190,7 +201,7 @@ def refuses_norm(x: Array, w: Array, b: Array | None) -> str | None:
     """Why `norm` does not take these; None where it does."""
     if w.ndim != 1:
         return f"it takes one weight for each column, not {list(w.shape)}"
-    if other := [a.dtype for a in (x, w, b) if a is not None and a.dtype not in (*FLOATS, jnp.float16)]:
+    if other := [a.dtype for a in (x, w, b) if a is not None and a.dtype not in FLOATS]:
         return f"it is for floats of 16 and 32 bits, not {other[0]}"
     return unavailable()
 

@@ -6,19 +6,39 @@
 
 #include <cstdint>
 
+#include "types.h"
+
 namespace jaxllm {
 
 class Team;
 
+// How a cache holds its values: as numbers of the queries' type, or in codes, which are multiplied by the scale of
+// their group and rounded to that type before anything else is done with them.
+enum class Held : int {
+  kPlain = 0,
+  kInt8 = 1,
+  kFloat8 = 2,  // e4m3 without infinities
+  kInt4 = 3,    // two in a byte, the lower half first; 8 is zero
+};
+
+struct Cache {
+  const void* values;  // [b, heads, s, h], or codes
+  const void* scales;  // [b, heads, s, groups]: f32, of kInt4 bf16; null where there are no codes
+  Held held;
+  int64_t h, groups;
+};
+
 struct Attention {
-  const void* q;        // [b, t, heads, group, h]
-  const void* k;        // [b, heads, s, h]
-  const void* v;        // [b, heads, s, h]
-  const uint8_t* mask;  // [b, t, s], 0 where a query does not see a slot
-  const float* sinks;   // [heads, group], or null
-  void* y;              // as q; zeros for a query that sees nothing
-  bool is_bf16;         // all of q, k, v and y; else f32
-  int64_t b, t, heads, group, s, h;
+  const void* q;  // [b, t, heads, group, k.h]
+  Cache k, v;
+  const uint8_t* mask;     // [b, t, s], 0 where a query does not see a slot
+  const float* sinks;      // [heads, group], or null
+  const float* bias;       // added to the scaled scores, or null
+  const float* slopes;     // [heads, group], which multiply the bias, or null
+  int64_t bias_stride[5];  // of b, heads, t, group and s; 0 where the bias has one for all
+  void* y;                 // [b, t, heads, group, v.h]; zeros for a query that sees nothing
+  Type type;               // of q, y and the caches' values
+  int64_t b, t, heads, group, s;
   float scale, softcap;  // softcap 0: none
 };
 
@@ -31,7 +51,7 @@ struct Piece {
 
 inline constexpr int64_t kBlock = 64;  // slots
 
-// What each level brings: the memory it needs for a piece, in bytes, and the work.
+// What each level brings: the memory it needs for a piece of up to so many rows, in bytes, and the work.
 namespace portable {
 int64_t attend_bytes(const Attention& a, int64_t rows);
 void attend_piece(const Attention& a, const Piece& p, char* memory);

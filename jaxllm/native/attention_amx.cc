@@ -1,5 +1,6 @@
-// Attention over a cache of bf16 on AMX tiles. Keys are left operands where they lie; values are turned once for
-// all queries of a piece; queries and weights are right operands, so that scores come out with queries as lanes.
+// Attention of bf16 on AMX tiles; codes are turned into bf16 block by block first. Keys are left operands where they
+// lie; values are turned once for all queries of a piece; queries and weights are right operands, so that scores come
+// out with queries as lanes.
 #include "attention_body.h"
 #include "matmul.h"
 #include "tiles.h"
@@ -9,11 +10,13 @@ namespace {
 
 class TileProducts {
  public:
-  static int64_t depth(const Attention& a) { return (a.h + 15) / 16 * 16; }
+  static int64_t depth(const Attention& a) { return (a.v.h + 15) / 16 * 16; }
 
   TileProducts(const Attention& a, const Piece& p, int64_t count, Parts& parts)
-      : a_(a), p_(p), steps_(steps(a.h)), queries_(parts.take<Half>(count * packed_tile(a.h, kTile))),
-        k_copy_(parts.take<Half>(kBlock * steps_ * kDepth)), turned_(parts.take<Half>(kBlock * depth(a))),
+      : a_(a), p_(p), steps_(steps(a.k.h)), queries_(parts.take<Half>(count * packed_tile(a.k.h, kTile))),
+        k_copy_(parts.take<Half>(kBlock * steps_ * kDepth)),
+        v_copy_(parts.take<Half>(a.v.held == Held::kPlain ? 0 : kBlock * depth(a))),
+        turned_(parts.take<Half>(kBlock * depth(a))),
         pairs_(parts.take<uint32_t>(kBlock / 2 * kTile)) {
     if (queries_ == nullptr) return;
     for (int64_t i = 0; i < count; ++i) pack_queries(i);
@@ -21,13 +24,14 @@ class TileProducts {
 
   void take(int64_t s, int64_t slots) {
     keys(s, slots);
+    values_of(s, slots);
     for (int64_t step = 0; step < kBlock / kDepth; ++step)
-      for (int64_t d = 0; d < depth(a_); d += kTile) turn(s, slots, step, d);
+      for (int64_t d = 0; d < depth(a_); d += kTile) turn(slots, step, d);
   }
 
   // scores [64, 16] of lanes i.
   void scores(int64_t i, float* scores) {
-    const Half *q = queries_ + i * packed_tile(a_.h, kTile), *k = k_;
+    const Half *q = queries_ + i * packed_tile(a_.k.h, kTile), *k = k_;
     TILE_ZERO(0);
     TILE_ZERO(1);
     TILE_ZERO(2);
@@ -75,31 +79,48 @@ class TileProducts {
 
   void pack_queries(int64_t i) {
     // k_copy_ is free yet: the rows side by side, as `pack` wants them.
-    const int64_t rows = p_.rows - i * kTile < kTile ? p_.rows - i * kTile : kTile;
+    const int64_t rows = p_.rows - i * kTile < kTile ? p_.rows - i * kTile : kTile, h = a_.k.h;
     for (int64_t r = 0; r < rows; ++r)
-      std::memcpy(k_copy_ + r * a_.h, query<Half>(a_, p_, i * kTile + r), sizeof(Half) * static_cast<size_t>(a_.h));
-    pack(k_copy_, rows, a_.h, kTile, queries_ + i * packed_tile(a_.h, kTile));
+      std::memcpy(k_copy_ + r * h, query<Half>(a_, p_, i * kTile + r), sizeof(Half) * static_cast<size_t>(h));
+    pack(k_copy_, rows, h, kTile, queries_ + i * packed_tile(h, kTile));
   }
 
   void keys(int64_t s, int64_t slots) {
-    const Half* from = slots_of<Half>(a_, p_, a_.k, s);
-    k_ = from;
-    row_ = a_.h;
-    if (slots == kBlock && a_.h % kDepth == 0) return;
-    k_ = k_copy_;
+    const int64_t row = row_of(a_, p_, s), h = a_.k.h;
+    const bool plain = a_.k.held == Held::kPlain;
+    k_ = plain ? values<Half>(a_.k, row) : nullptr;
+    row_ = h;
+    if (plain && slots == kBlock && h % kDepth == 0) return;
     row_ = steps_ * kDepth;
-    std::memset(k_copy_, 0, sizeof(Half) * static_cast<size_t>(kBlock * row_));
-    for (int64_t i = 0; i < slots; ++i)
-      std::memcpy(k_copy_ + i * row_, from + i * a_.h, sizeof(Half) * static_cast<size_t>(a_.h));
+    if (plain) {
+      std::memset(k_copy_, 0, sizeof(Half) * static_cast<size_t>(kBlock * row_));
+      for (int64_t i = 0; i < slots; ++i)
+        std::memcpy(k_copy_ + i * row_, k_ + i * h, sizeof(Half) * static_cast<size_t>(h));
+    } else {
+      expand(a_.k, Type::kBF16, row, slots, k_copy_, row_);
+    }
+    k_ = k_copy_;
+  }
+
+  void values_of(int64_t s, int64_t slots) {
+    const int64_t row = row_of(a_, p_, s);
+    if (a_.v.held == Held::kPlain) {
+      v_ = values<Half>(a_.v, row);
+      v_row_ = a_.v.h;
+    } else {
+      expand(a_.v, Type::kBF16, row, slots, v_copy_, depth(a_));
+      v_ = v_copy_;
+      v_row_ = depth(a_);
+    }
   }
 
   // Values of 32 slots and 16 of h as the rows of a left operand: turned_ [depth / 16, 2, 16 of h, 32 slots].
-  void turn(int64_t s, int64_t slots, int64_t step, int64_t d) {
-    const Half* from = slots_of<Half>(a_, p_, a_.v, s) + d;
-    const __mmask16 mask = static_cast<__mmask16>(a_.h - d >= 16 ? 0xffff : (1u << (a_.h - d)) - 1);
+  void turn(int64_t slots, int64_t step, int64_t d) {
+    const Half* from = v_ + d;
+    const __mmask16 mask = first(a_.v.h - d);
     const auto row = [&](int64_t slot) {
       if (slot >= slots) return _mm512_setzero_si512();
-      return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from + slot * a_.h));
+      return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from + slot * v_row_));
     };
     __m512i r[16];
     for (int64_t i = 0; i < 16; ++i) {
@@ -116,10 +137,11 @@ class TileProducts {
   const int64_t steps_;
   Half* queries_;    // [count, steps, 16, 16, 2]
   Half* k_copy_;     // [64, steps * 32]
+  Half* v_copy_;     // [64, depth], of codes
   Half* turned_;     // [depth / 16, 2, 16, 32]
   uint32_t* pairs_;  // [32, 16] pairs of bf16
-  const Half* k_ = nullptr;
-  int64_t row_ = 0;
+  const Half *k_ = nullptr, *v_ = nullptr;
+  int64_t row_ = 0, v_row_ = 0;
 };
 
 }  // namespace

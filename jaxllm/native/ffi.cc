@@ -15,9 +15,12 @@ namespace ffi = xla::ffi;
 
 ffi::Error wrong(const std::string& what) { return ffi::Error::InvalidArgument("jaxllm: " + what); }
 
-bool known(ffi::AnyBuffer b) { return b.element_type() == ffi::F32 || b.element_type() == ffi::BF16; }
-Type type(ffi::AnyBuffer b) { return b.element_type() == ffi::BF16 ? Type::kBF16 : Type::kF32; }
-int64_t bytes(Type t) { return t == Type::kBF16 ? 2 : 4; }
+bool known(ffi::AnyBuffer b) {
+  return b.element_type() == ffi::F32 || b.element_type() == ffi::BF16 || b.element_type() == ffi::F16;
+}
+Type type(ffi::AnyBuffer b) {
+  return b.element_type() == ffi::F32 ? Type::kF32 : b.element_type() == ffi::BF16 ? Type::kBF16 : Type::kF16;
+}
 
 // Leading axes, which `vmap` adds: [..., m, k]. One of size 1 goes with any size of the others.
 class Batch {
@@ -57,7 +60,7 @@ ffi::Error matmul_call(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w,
   const size_t last = xs.size() - 1;
   const int64_t m = xs[last - 1], n = ws[last - 1], k = xs[last];
   if (ws[last] != k || ys[last - 1] != m || ys[last] != n) return wrong("matmul's shapes do not fit");
-  if (!known(x) || !known(w) || !known(*y)) return wrong("matmul is for f32 and bf16");
+  if (!known(x) || !known(w) || !known(*y)) return wrong("matmul is for f32, bf16 and f16");
 
   Team team(pool, threads);
   Matmul a{x.untyped_data(), w.untyped_data(), y->untyped_data(), type(x), type(w), type(*y), m, n, k};
@@ -92,25 +95,64 @@ ffi::Error gated_call(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> x, ffi::Buffe
   return ffi::Error::Success();
 }
 
+// A cache [b, heads, s, h] of `like`'s type, or its codes with scales [b, heads, s, groups]; h 0: it is neither.
+Cache cache(ffi::AnyBuffer codes, ffi::AnyBuffer scales, ffi::AnyBuffer like, Held held) {
+  const auto cs = codes.dimensions(), ss = scales.dimensions();
+  const Cache none{nullptr, nullptr, held, 0, 0};
+  if (cs.size() != 4) return none;
+  if (held == Held::kPlain) {
+    if (codes.element_type() != like.element_type()) return none;
+    return {codes.untyped_data(), nullptr, held, cs[3], 0};
+  }
+  const auto code = held == Held::kInt8 ? ffi::S8 : ffi::U8, scale = held == Held::kInt4 ? ffi::BF16 : ffi::F32;
+  if (codes.element_type() != code || scales.element_type() != scale || ss.size() != 4) return none;
+  const int64_t h = cs[3] * (held == Held::kInt4 ? 2 : 1);
+  const bool fits = ss[0] == cs[0] && ss[1] == cs[1] && ss[2] == cs[2] && ss[3] > 0 && h % ss[3] == 0;
+  return fits ? Cache{codes.untyped_data(), scales.untyped_data(), held, h, ss[3]} : none;
+}
+
+// Strides of a bias [b, heads, t, group, s] whose axes may be 1; false where it has another shape.
+bool bias_strides(ffi::Span<const int64_t> sizes, const Attention& a, int64_t strides[5]) {
+  const int64_t whole[5] = {a.b, a.heads, a.t, a.group, a.s};
+  if (sizes.size() != 5) return false;
+  int64_t stride = 1;
+  for (int i = 5; i-- > 0; stride *= sizes[i]) {
+    if (sizes[i] != 1 && sizes[i] != whole[i]) return false;
+    strides[i] = sizes[i] == 1 ? 0 : stride;
+  }
+  return true;
+}
+
 ffi::Error attend_call(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
-                       ffi::Buffer<ffi::PRED> mask, ffi::Buffer<ffi::F32> sinks, ffi::Result<ffi::AnyBuffer> y,
-                       float scale, float softcap, int64_t level, int64_t threads) {
+                       ffi::Buffer<ffi::PRED> mask, ffi::Buffer<ffi::F32> sinks, ffi::Buffer<ffi::F32> bias,
+                       ffi::Buffer<ffi::F32> slopes, ffi::AnyBuffer k_scales, ffi::AnyBuffer v_scales,
+                       ffi::Result<ffi::AnyBuffer> y, float scale, float softcap, int64_t held, int64_t level,
+                       int64_t threads) {
   const auto qs = q.dimensions(), ks = k.dimensions(), vs = v.dimensions(), ms = mask.dimensions();
   if (qs.size() != 5 || ks.size() != 4 || vs.size() != 4 || ms.size() != 3)
     return wrong("attend takes q [b, t, heads, group, h], k and v [b, heads, s, h] and mask [b, t, s]");
-  const int64_t b = qs[0], t = qs[1], heads = qs[2], group = qs[3], h = qs[4], s = ks[2];
-  const bool cache_fits = ks[0] == b && ks[1] == heads && ks[3] == h && v.element_count() == k.element_count();
-  if (!cache_fits || ms[0] != b || ms[1] != t || ms[2] != s || y->element_count() != q.element_count())
+  if (!known(q) || y->element_type() != q.element_type()) return wrong("attend is for f32, bf16 and f16");
+  const Held as = static_cast<Held>(held);
+  Attention a{q.untyped_data(), cache(k, k_scales, q, as), cache(v, v_scales, q, as),
+              reinterpret_cast<const uint8_t*>(mask.typed_data()), nullptr, nullptr, nullptr, {}, y->untyped_data(),
+              type(q), qs[0], qs[1], qs[2], qs[3], ks[2], scale, softcap};
+  const bool caches_fit = ks[0] == a.b && ks[1] == a.heads && vs[0] == a.b && vs[1] == a.heads && vs[2] == a.s;
+  if (!caches_fit || a.k.h != qs[4] || (a.v.h == 0 && v.element_count() > 0))
+    return wrong("attend's caches have another shape, type or format");
+  const auto rows = static_cast<size_t>(a.b * a.t * a.heads * a.group);
+  if (ms[0] != a.b || ms[1] != a.t || ms[2] != a.s || y->element_count() != rows * static_cast<size_t>(a.v.h))
     return wrong("attend's shapes do not fit");
-  const auto count = static_cast<int64_t>(sinks.element_count());
-  if (count != 0 && count != heads * group) return wrong("attend takes sinks [heads, group] or none");
-  if (!known(q) || type(k) != type(q) || type(v) != type(q) || type(*y) != type(q))
-    return wrong("attend is for f32 or bf16, one type throughout");
+  const auto each = static_cast<size_t>(a.heads * a.group);
+  if ((sinks.element_count() != 0 && sinks.element_count() != each) ||
+      (slopes.element_count() != 0 && slopes.element_count() != each))
+    return wrong("attend takes sinks and slopes [heads, group] or none");
+  if (sinks.element_count() != 0) a.sinks = sinks.typed_data();
+  if (slopes.element_count() != 0) a.slopes = slopes.typed_data();
+  if (bias.element_count() != 0) a.bias = bias.typed_data();
+  if (a.bias != nullptr && !bias_strides(bias.dimensions(), a, a.bias_stride))
+    return wrong("attend takes a bias [b, heads, t, group, s], whose axes may be 1, or none");
 
   Team team(pool, threads);
-  const Attention a{q.untyped_data(), k.untyped_data(), v.untyped_data(),
-                    reinterpret_cast<const uint8_t*>(mask.typed_data()), count ? sinks.typed_data() : nullptr,
-                    y->untyped_data(), type(q) == Type::kBF16, b, t, heads, group, s, h, scale, softcap};
   attend(a, static_cast<int>(level), team);
   return ffi::Error::Success();
 }
@@ -180,9 +222,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxllm_attend, jaxllm::attend_call,
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::PRED>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
                                   .Ret<xla::ffi::AnyBuffer>()
                                   .Attr<float>("scale")
                                   .Attr<float>("softcap")
+                                  .Attr<int64_t>("held")
                                   .Attr<int64_t>("level")
                                   .Attr<int64_t>("threads"));
 
@@ -200,6 +247,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxllm_keep, jaxllm::keep_call,
 extern "C" int jaxllm_best_level() { return static_cast<int>(jaxllm::best_level()); }
 
 // What Python and this library agree on; to be raised with every change of a function's arguments.
-extern "C" int jaxllm_interface() { return 3; }
+extern "C" int jaxllm_interface() { return 4; }
 
 #pragma GCC visibility pop

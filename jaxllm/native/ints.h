@@ -19,7 +19,6 @@ static inline void store(uint32_t* p, W a) { _mm512_storeu_si512(p, a); }
 // sums + a * b, the products of both halves of a lane added to it
 static inline W dot(W sums, W a, W b) { return _mm512_dpwssd_epi32(sums, a, b); }
 static inline V as_float(W a) { return _mm512_cvtepi32_ps(a); }
-static inline float highest(V a) { return _mm512_reduce_max_ps(a); }
 
 class Table {
  public:
@@ -33,31 +32,6 @@ class Table {
  private:
   W values_;
 };
-
-// Lane j of row i becomes lane i of row j.
-static inline void turn(W r[16]) {
-  W t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 8; ++i) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-  }
-}
 
 #elif defined(__AVX2__)
 
@@ -92,25 +66,6 @@ class Table {
  private:
   W low_, high_;
 };
-
-static inline void turn(W r[8]) {
-  W t[8];
-  for (int i = 0; i < 8; i += 2) {
-    t[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 8; i += 4) {
-    r[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm256_permute2x128_si256(r[i], r[i + 4], 0x20);
-    t[i + 4] = _mm256_permute2x128_si256(r[i], r[i + 4], 0x31);
-  }
-  for (int i = 0; i < 8; ++i) r[i] = t[i];
-}
 
 #else
 
@@ -150,23 +105,6 @@ class Table {
   uint16_t values_[16];
 };
 
-static inline void turn(W r[4]) {
-  for (int i = 0; i < 4; ++i)
-    for (int j = 0; j < i; ++j) {
-      const uint32_t kept = r[i][j];
-      r[i][j] = r[j][i];
-      r[j][i] = kept;
-    }
-}
-
-#endif
-
-#if !defined(__AVX512F__)
-static inline float highest(V a) {
-  float found = a[0];
-  for (int i = 1; i < kLanes; ++i) found = a[i] > found ? a[i] : found;
-  return found;
-}
 #endif
 
 }  // namespace jaxllm::JAXLLM_LEVEL

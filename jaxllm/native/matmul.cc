@@ -23,7 +23,7 @@ int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Rows of w in a piece, a multiple of `unit`.
 int64_t rows_of_piece(const Matmul& a, int64_t unit, int64_t few, Team& team) {
-  const int64_t row_bytes = a.k * (a.w_type == Type::kBF16 ? 2 : 4);
+  const int64_t row_bytes = a.k * bytes(a.w_type);
   if (a.m <= few && a.n * row_bytes <= kAloneBytes) return up(a.n, unit) * unit;
   const int64_t fair = up(a.n, kPiecesEach * team.size());
   const int64_t most = a.m <= few ? clamp(kPieceBytes / row_bytes, unit, a.n) : kMostRows;
@@ -58,7 +58,7 @@ void on_tiles(const Matmul& a, const bf16* up_weights, Activation activation, Te
 #endif
 
 struct Simd {
-  void (*widen)(const bf16*, float*, int64_t);
+  void (*widen)(const void*, Type, float*, int64_t);
   void (*dots)(const Dots&, int64_t, int64_t, int64_t, int64_t);
 };
 
@@ -75,12 +75,12 @@ void on_vectors(const Matmul& a, Level level, Team& team) {
   static thread_local Scratch wide;
   const Simd kernel = simd(level);
   const float* x = static_cast<const float*>(a.x);
-  if (a.x_type == Type::kBF16) {
+  if (a.x_type != Type::kF32) {
     float* copy = wide.get<float>(a.m * a.k);
-    kernel.widen(static_cast<const bf16*>(a.x), copy, a.m * a.k);
+    kernel.widen(a.x, a.x_type, copy, a.m * a.k);
     x = copy;
   }
-  const Dots d{x, a.w, a.y, a.w_type == Type::kBF16, a.y_type == Type::kBF16, a.n, a.k};
+  const Dots d{x, a.w, a.y, a.w_type, a.y_type, a.n, a.k};
   const int64_t rows = rows_of_piece(a, 4, 8, team), across = up(a.n, rows);
   const int64_t columns = clamp(kSimdBytes / (4 * a.k) / 12 * 12, 12, a.m < 12 ? 12 : a.m);
   team.run(across * up(a.m, columns), [&](int64_t i) {
@@ -103,7 +103,7 @@ bool takes_tiles(const Matmul& a, int most) {
 void matmul(const Matmul& a, int most, Team& team) {
   if (a.m == 0 || a.n == 0) return;
   if (a.k == 0) {
-    std::memset(a.y, 0, static_cast<size_t>(a.m * a.n) * (a.y_type == Type::kBF16 ? 2 : 4));
+    std::memset(a.y, 0, static_cast<size_t>(a.m * a.n * bytes(a.y_type)));
     return;
   }
 #if defined(__x86_64__)

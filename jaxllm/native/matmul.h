@@ -6,14 +6,11 @@
 
 #include <cstdint>
 
+#include "types.h"
+
 namespace jaxllm {
 
 class Team;
-
-enum class Type { kF32, kBF16 };
-
-// bf16 is handled as its bits: the upper half of an f32.
-using bf16 = uint16_t;
 
 // What a gated feed-forward does to the first of two products before the second multiplies it.
 enum class Activation : int { kSilu = 0, kGeluTanh = 1 };
@@ -42,20 +39,20 @@ struct Dots {
   const float* x;
   const void* w;
   void* y;
-  bool w_is_bf16, y_is_bf16;
+  Type w_type, y_type;
   int64_t n, k;
 };
 
 namespace portable {
-void widen(const bf16* from, float* to, int64_t count);
+void widen(const void* from, Type type, float* to, int64_t count);
 void dots(const Dots& a, int64_t m0, int64_t m1, int64_t n0, int64_t n1);
 }  // namespace portable
 namespace avx2 {
-void widen(const bf16* from, float* to, int64_t count);
+void widen(const void* from, Type type, float* to, int64_t count);
 void dots(const Dots& a, int64_t m0, int64_t m1, int64_t n0, int64_t n1);
 }  // namespace avx2
 namespace avx512 {
-void widen(const bf16* from, float* to, int64_t count);
+void widen(const void* from, Type type, float* to, int64_t count);
 void dots(const Dots& a, int64_t m0, int64_t m1, int64_t n0, int64_t n1);
 }  // namespace avx512
 

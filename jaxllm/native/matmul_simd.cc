@@ -10,8 +10,10 @@ constexpr int kColumns = 4;  // rows of w in a block
 
 void put(const Dots& a, int64_t m, int64_t n, float value) {
   const int64_t at = m * a.n + n;
-  if (a.y_is_bf16)
+  if (a.y_type == Type::kBF16)
     static_cast<Half*>(a.y)[at] = narrowed(value);
+  else if (a.y_type == Type::kF16)
+    static_cast<F16*>(a.y)[at] = narrowed_f16(value);
   else
     static_cast<float*>(a.y)[at] = value;
 }
@@ -58,17 +60,27 @@ void all(const Dots& a, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
   for (; n < n1; ++n) columns<1, T>(a, m0, m1, n);
 }
 
-}  // namespace
-
-void widen(const bf16* from, float* to, int64_t count) {
+template <typename T>
+void widen_all(const T* from, float* to, int64_t count) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
   for (; i < count; ++i) to[i] = widened(from[i]);
 }
 
+}  // namespace
+
+void widen(const void* from, Type type, float* to, int64_t count) {
+  if (type == Type::kF16)
+    widen_all(static_cast<const F16*>(from), to, count);
+  else
+    widen_all(static_cast<const Half*>(from), to, count);
+}
+
 void dots(const Dots& a, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
-  if (a.w_is_bf16)
+  if (a.w_type == Type::kBF16)
     all<Half>(a, m0, m1, n0, n1);
+  else if (a.w_type == Type::kF16)
+    all<F16>(a, m0, m1, n0, n1);
   else
     all<float>(a, m0, m1, n0, n1);
 }

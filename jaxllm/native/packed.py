@@ -13,7 +13,6 @@ from jaxllm.quant.qtensor import PLANES
 
 Array = jax.Array
 
-ACTIVATIONS = (jnp.float32, jnp.bfloat16, jnp.float16)
 NUMBERS = ("float32", "bfloat16", "float16", "uint8", "int8", "float8_e8m0fnu", "float8_e4m3fn")
 BLOCK = 16  # columns that the kernels take together, or twice as many, as in packed.h
 NIBBLES, TABLE, BYTES, SIGNED, FIELDS = range(5)  # as in packed.h
@@ -28,7 +27,7 @@ def refuses(x: Array, q: QTensor) -> str | None:
         return f"{f.name} rounds activations in its own way"
     if f.levels != "int" and (f.bits != 4 or f.levels not in LEVELS):
         return f"it has whole numbers and tables of 16 levels, not the {f.levels} of {f.name}"
-    if x.dtype not in ACTIVATIONS:
+    if x.dtype not in native.FLOATS:
         return f"it takes float32, bfloat16 and float16 activations, not {x.dtype}"
     if reason := _refuses_numbers(q):
         return reason
@@ -99,7 +98,7 @@ def gated(
 
 def _call(x: Array, expert: Array, q: QTensor, out: jnp.dtype, most: str | None, threads: int | None) -> Array:
     tables = _tables(q)
-    made = out if out in ACTIVATIONS and len(tables) == 1 else jnp.float32
+    made = out if out in native.FLOATS and len(tables) == 1 else jnp.float32
     shape = jax.ShapeDtypeStruct((x.shape[0], q.codes.shape[1]), made)
     call = jax.ffi.ffi_call("jaxllm_packed", shape, vmap_method="sequential")
     how = _codes(q) | native.how(most, threads)

@@ -167,36 +167,36 @@ W words_at(const Lines& l, int64_t row, int64_t w) {
   return load(some);
 }
 
-// to [16, lanes] = row(i) of every lane i, turned round; zeros where there are fewer rows.
+// to [lanes, lanes] = row(i) of every lane i, turned round; zeros where there are fewer rows.
 template <typename F>
-inline void turn_rows(int64_t rows, uint32_t* to, const F& row) {
-  W r[kLanes];
+inline void turn_rows(int64_t rows, float* to, const F& row) {
+  V r[kLanes];
   if (rows == kLanes) {
 #pragma GCC unroll 16
     for (int64_t i = 0; i < kLanes; ++i) r[i] = row(i);
   } else {
-    for (int64_t i = 0; i < kLanes; ++i) r[i] = i < rows ? row(i) : set_int(0);
+    for (int64_t i = 0; i < kLanes; ++i) r[i] = i < rows ? row(i) : set(0);
   }
-  turn(r);
+  transpose(r);
 #pragma GCC unroll 16
   for (int64_t i = 0; i < kLanes; ++i) store(to + i * kLanes, r[i]);
 }
 
-void turn_words(const Packed& p, const Lines& l, int64_t rows, uint32_t* to) {
+void turn_words(const Packed& p, const Lines& l, int64_t rows, uint32_t* words) {
   const W flip = set_int(p.kind == Codes::kSigned ? static_cast<int32_t>(0x80808080u) : 0);
+  float* to = reinterpret_cast<float*>(words);  // bits are bits
   int64_t w = 0;
   for (; w < words_of(p) && 4 * (w + kLanes) <= l.bytes; w += kLanes)
-    turn_rows(rows, to + w * kLanes,
-              [&](int64_t i) { return either(load(reinterpret_cast<const uint32_t*>(l.at(i, w))), flip); });
+    turn_rows(rows, to + w * kLanes, [&](int64_t i) {
+      return reinterpret_cast<V>(either(load(reinterpret_cast<const uint32_t*>(l.at(i, w))), flip));
+    });
   for (; w < words_of(p); w += kLanes)
-    turn_rows(rows, to + w * kLanes, [&](int64_t i) { return either(words_at(l, i, w), flip); });
+    turn_rows(rows, to + w * kLanes, [&](int64_t i) { return reinterpret_cast<V>(either(words_at(l, i, w), flip)); });
 }
 
 void turn_numbers(const Numbers& t, int64_t n, int64_t rows, float* to) {
   for (int64_t g = 0; g < t.count; g += kLanes)
-    turn_rows(rows, reinterpret_cast<uint32_t*>(to) + g * kLanes, [&](int64_t i) {
-      return reinterpret_cast<W>(numbers(t, (n + i) * t.count + g, t.count - g));
-    });
+    turn_rows(rows, to + g * kLanes, [&](int64_t i) { return numbers(t, (n + i) * t.count + g, t.count - g); });
 }
 
 void turn_scaled(const Numbers& t, const Numbers& above, float factor, int64_t n, int64_t rows, float* to) {
