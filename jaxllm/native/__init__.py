@@ -25,7 +25,7 @@ Array = jax.Array
 
 LEVELS = ("portable", "avx2", "avx512", "amx")  # as in cpu.h
 LIBRARY = pathlib.Path(__file__).with_name("_kernels.so")
-INTERFACE = 2  # as in ffi.cc: what Python and the library agree on
+INTERFACE = 3  # as in ffi.cc: what Python and the library agree on
 FLOATS = (jnp.float32, jnp.bfloat16)
 ACTIVATIONS = ("silu", "gelu_tanh")  # as in matmul.h
 
@@ -87,7 +87,7 @@ def _load() -> ctypes.CDLL | str:
         return f"{LIBRARY.name} does not load ({error}); run python -m jaxllm.native.build"
     if made != INTERFACE:
         return f"{LIBRARY.name} was built from other sources; run python -m jaxllm.native.build"
-    for name in ("jaxllm_matmul", "jaxllm_gated", "jaxllm_attend", "jaxllm_put", "jaxllm_keep"):
+    for name in ("jaxllm_matmul", "jaxllm_gated", "jaxllm_attend", "jaxllm_put", "jaxllm_keep", "jaxllm_read"):
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return library
 
@@ -182,6 +182,13 @@ def keep(x: Array) -> Array:
     _library()
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
     return jax.ffi.ffi_call("jaxllm_keep", shape, vmap_method="broadcast_all", input_output_aliases={0: 0})(x)
+
+
+def read(x: Array, *, threads: int | None = None) -> Array:
+    """The bits of x (any shape and dtype, its bytes a multiple of 8) xored together, u64 as u32 [2]: every byte is
+    read once and nothing else is done, which is how fast memory can be read."""
+    call = jax.ffi.ffi_call("jaxllm_read", jax.ShapeDtypeStruct((2,), jnp.uint32))
+    return call(x, threads=_how(None, threads)["threads"])
 
 
 def _how(most: str | None, threads: int | None) -> dict[str, np.int64]:
