@@ -12,9 +12,10 @@ import sys
 from collections.abc import Sequence
 
 from jaxllm import __version__
-from jaxllm.commands import chat, compare, generate, info, logits, quantize, score
+from jaxllm.commands import bench, chat, compare, generate, info, logits, quantize, score, warm
 from jaxllm.commands.common import formatter
 from jaxllm.errors import JaxllmError
+from jaxllm.programs import keep_programs
 
 COMMANDS = {
     "generate": generate,
@@ -24,6 +25,8 @@ COMMANDS = {
     "info": info,
     "compare": compare,
     "quantize": quantize,
+    "bench": bench,
+    "warm": warm,
 }
 
 
@@ -56,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; wrong usage raises SystemExit(2) as argparse does."""
     args = parser().parse_args(argv)
+    keep_programs()
     try:
         args.run(args)
         sys.stdout.flush()

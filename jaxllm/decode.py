@@ -78,7 +78,16 @@ def _choose(config, params, sampler, top, x, carry: Carry) -> tuple[Carry, Emitt
     return carry, Emitted(token, logprob, *sampling.top_logprobs(own, top))
 
 
-choose = jax.jit(_choose, static_argnums=(0, 3))
+@partial(jax.jit, static_argnums=(0, 3))
+def choose(config: ModelConfig, params: dict, sampler: Sampler, top: int, x: Array, carry: Carry):
+    """The first token, from a prompt's newest hidden vectors x [B, D] -> as `advance` by one step."""
+    carry, out = _choose(config, params, sampler, top, x, carry)
+    return carry, _one(out)
+
+
+def _one(out: Emitted) -> Emitted:
+    """With a leading axis [1] of steps."""
+    return jax.tree.map(lambda a: a[None], out)
 
 
 def _advance(config, params, sampler, top, carry: Carry) -> tuple[Carry, Emitted]:
@@ -94,7 +103,7 @@ def advance(
     """`steps` decoding steps in one program -> (carry, Emitted with a leading axis [steps])."""
     if steps == 1:
         carry, out = _advance(config, params, sampler, top, carry)
-        return carry, jax.tree.map(lambda a: a[None], out)
+        return carry, _one(out)
     # A loop on the device saves a round trip a token; on CPU it would cost the fast bf16 products.
     return jax.lax.scan(lambda c, _: _advance(config, params, sampler, top, c), carry, length=steps)
 
@@ -114,7 +123,7 @@ def prefill(model: Model, rows: Sequence[Sequence[int]], state: State) -> tuple[
         raise ContextError(
             f"a row would hold {np.max(held + lengths)} tokens; the state has room for {state.capacity}"
         )
-    last = jnp.zeros((len(rows), model.config.width), model.config.dtype)
+    last = np.zeros((len(rows), model.config.width), jnp.dtype(model.config.dtype))
     ids = padded(rows, -(-longest // chunk) * chunk)
     for start in range(0, longest, chunk):
         n_new = np.clip(lengths - start, 0, chunk).astype(np.int32)
@@ -143,8 +152,9 @@ class Plan:
 
 def _first(model: Model, plan: Plan, state: State, last: Array) -> tuple[Carry, Emitted]:
     context = sampling.init_context(plan.sampler, model.config.vocab, plan.rows)
-    zero = jnp.zeros(len(plan.rows), jnp.int32)
-    carry = Carry(state, zero, context, plan.keys, jnp.zeros((), jnp.int32))
+    # numpy's zeros: jax's own would be a small program each, compiled at every first start.
+    zero = np.zeros(len(plan.rows), np.int32)
+    carry = Carry(state, zero, context, plan.keys, np.zeros((), np.int32))
     sampler = _masked(plan, [[] for _ in plan.rows])
     return choose(model.config, model.params, sampler, plan.top, last, carry)
 
@@ -159,8 +169,7 @@ def _masked(plan: Plan, so_far: Sequence[Sequence[int]]) -> Sampler:
 
 def _loop(model: Model, plan: Plan, state: State, last: Array) -> Iterator[tuple[Emitted, State]]:
     """What each step emitted (numpy, [B] each), and a state that holds at least the tokens before it."""
-    carry, out = _first(model, plan, state, last)
-    many = jax.tree.map(lambda a: a[None], out)
+    carry, many = _first(model, plan, state, last)
     so_far: list[list[int]] = [[] for _ in plan.rows]
     held = np.array(jax.device_get(state.length))
     while True:
@@ -441,7 +450,7 @@ def _reuse(
 def _prefix(row: _Row, state: State) -> Prefix | None:
     """The tokens whose keys and values are in the state: all but the newest, which was never fed."""
     tokens = (*row.prompt, *(t.id for t in row.tokens[:-1]))
-    length = int(state.length[0])
+    length = int(np.asarray(state.length)[0])
     if length < len(tokens):  # cleared on the way
         return None
     if length > len(tokens):

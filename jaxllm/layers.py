@@ -7,6 +7,7 @@ V vocabulary, r latent rank, N = B*T.
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +69,7 @@ def _place(m: Attention, p: dict, q: Array, k: Array, step: Step):
     per_head = m.qk_norm if m.qk_norm and m.qk_norm.over != "full" else None
     if per_head and not per_head.after_rope:
         q, k = _qk_norm(per_head, p, q, k)
-    q, k = rotate(q, step.turns.get(m.rope)), rotate(k, step.turns.get(m.rope))
+    q, k = rotate(q, step.turn(m.rope)), rotate(k, step.turn(m.rope))
     if per_head and per_head.after_rope:
         q, k = _qk_norm(per_head, p, q, k)
     if m.query_scale:
@@ -111,7 +112,7 @@ def latent_attention(m: MLA, p: dict, x: Array, cache: Latent, step: Step, tap: 
     q = linear(p["q"], q).reshape(B, T, m.heads, n + m.rope.dims)
     c = linear(p["kv_a"], x)[:, :, None]  # [B, T, 1, r + rope dims]
     latent = norm(m.norm, p["kv_norm"], c[..., :r])
-    turned = step.turns[m.rope]
+    turned = step.turn(m.rope)
     c = jnp.concatenate([latent, rotate(c[..., r:], turned)], -1)
     cache = write(cache, (c,), step)
     q = jnp.concatenate([ops.per_head(q[..., :n], p["k_b"]), rotate(q[..., n:], turned)], -1)
@@ -250,6 +251,13 @@ def block(b: Block, p: dict, x: Array, cache, step: Step, tap: Recorder):
     return tap("out", x + fed if b.parallel is None else x + mixed + fed), cache
 
 
+@partial(jax.jit, static_argnums=0)
+def _alike(b: Block, p: dict, x: Array, cache, step: Step):
+    """`block` without taps. Layers of one description and shapes are traced and lowered once, as one function that
+    XLA inlines: what a start costs before it finds its programs in a cache grows no more with the layers."""
+    return block(b, p, x, cache, step, Recorder(None))
+
+
 def hidden(
     config: ModelConfig,
     params: dict,
@@ -275,13 +283,17 @@ def hidden(
     _check_tree(config, tokens, depth, tree)
     n_new = jnp.full(B, T, jnp.int32) if n_new is None else jnp.asarray(n_new, jnp.int32)
     step = begin(state, n_new, depth, tree, T)
-    ropes = {b.mixer.rope for b in config.blocks if getattr(b.mixer, "rope", None)}
-    step = dataclasses.replace(step, turns={rope: turn(rope, step.pos) for rope in ropes})
+    # In the order of the layers: that of a set may be another in each process, and so would be the program.
+    ropes = tuple(dict.fromkeys(b.mixer.rope for b in config.blocks if getattr(b.mixer, "rope", None)))
+    step = dataclasses.replace(step, ropes=ropes, tables=tuple(turn(rope, step.pos) for rope in ropes))
     root = Recorder(taps)
     x = root("embed", _embed(config, params, tokens, step, state, n_new))
     caches = []
     for i, (b, p, cache) in enumerate(zip(config.blocks, params["layers"], state.layers, strict=True)):
-        x, cache = block(b, p, x, cache, step, root.at(f"layers.{i}"))
+        if taps is None or not (taps.keep or taps.edit):
+            x, cache = _alike(b, p, x, cache, step)
+        else:
+            x, cache = block(b, p, x, cache, step, root.at(f"layers.{i}"))
         caches.append(cache)
     x = root("norm", norm(config.norm, params["norm"], x))
     state = dataclasses.replace(state, layers=tuple(caches), length=state.length + n_new)

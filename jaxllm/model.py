@@ -98,13 +98,11 @@ def load(
     ignore: config fields to pass over though jaxllm does not know them.
     revision: of the hub repository.
 
-    Tensors are read one at a time: the peak is the parameters and one tensor more. Compiled programs are kept in
-    a cache folder (see `compilation_cache`).
+    Tensors are read one at a time: the peak is the parameters and one tensor more.
 
     Raises ConfigError, CheckpointError or TokenizerError, each listing everything wrong; MissingExtraError for a
     hub id without huggingface_hub.
     """
-    compilation_cache()
     if dtype is not None and str(dtype) not in DTYPES:
         raise ConfigError(f"dtype should be one of {', '.join(DTYPES)}, got {dtype!r}")
     source = open_source(find(path_or_hub_id, revision))
@@ -136,7 +134,6 @@ def load_orbax(
 
     Raises CheckpointError for any other folder and a malformed one; MissingExtraError without orbax-checkpoint.
     """
-    compilation_cache()
     if dtype is not None and str(dtype) not in DTYPES:
         raise ConfigError(f"dtype should be one of {', '.join(DTYPES)}, got {dtype!r}")
     source = open_source(find(folder))
@@ -331,25 +328,3 @@ def _generation(folder, values, tokenizer) -> tuple[frozenset[int], dict[str, An
             f"{folder}: eos_token_id should be a token id or a list of them, got {reprlib.repr(eos)}"
         )
     return frozenset(ids), given
-
-
-def compilation_cache() -> pathlib.Path | None:
-    """Keep compiled programs in a folder, so that a second start does not compile again; the folder, or None.
-
-    JAXLLM_CACHE names the folder, or turns it off ("off"); a jax_compilation_cache_dir that is already set stays.
-    Called by `load`.
-    """
-    where = os.environ.get("JAXLLM_CACHE", "")
-    if where.lower() in ("off", "0", "false", "no"):
-        return None
-    if jax.config.jax_compilation_cache_dir:
-        return pathlib.Path(jax.config.jax_compilation_cache_dir)
-    try:
-        base = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-        folder = pathlib.Path(where).expanduser() if where else base / "jaxllm" / "xla"
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # a read-only home, or none at all, is no reason not to run
-        return None
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-    return folder

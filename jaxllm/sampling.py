@@ -355,7 +355,7 @@ def _finish(before: list[Step], numbers: Mapping[str, jax.Array]) -> Sampler:
     if "dynatemp_delta" in numbers:
         exponent = numbers.get("dynatemp_exponent", jnp.float32(1))
         before.append(DynamicTemperature(temperature, numbers["dynatemp_delta"], exponent))
-    elif temperature.ndim == 0 and temperature == 0:
+    elif temperature.ndim == 0 and np.asarray(temperature) == 0:
         return Sampler((*before, *GREEDY.steps)) if before else GREEDY
     else:
         before.append(Temperature(temperature))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 import jax
@@ -96,9 +97,14 @@ def init_state(
     dtype = jnp.dtype(dtype or config.dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ContextError(f"a cache holds floating-point numbers, got dtype {dtype}")
-    make = [_layer(b.mixer, batch, max_len, chunk, window, sinks, dtype, kv_format) for b in config.blocks]
-    length = jnp.zeros(batch, jnp.int32)
-    return State(tuple(make), length, None if window else max_len, chunk, window, sinks)
+    made, length = _empty(config, batch, max_len, chunk, window, sinks, dtype, kv_format)
+    return State(made, length, None if window else max_len, chunk, window, sinks)
+
+
+@partial(jax.jit, static_argnums=range(8))
+def _empty(config: ModelConfig, batch, *options) -> tuple[tuple, Array]:
+    """(every layer's cache, length). One program: array by array it would be one for each shape."""
+    return tuple(_layer(b.mixer, batch, *options) for b in config.blocks), jnp.zeros(batch, jnp.int32)
 
 
 def _check_room(config, batch, max_len, chunk) -> None:
@@ -170,6 +176,7 @@ def recurrent_shape(m: Mixer) -> tuple[int, int, tuple[int, ...]]:
 # ---- what a layer does with its cache ------------------------------------------------------------------
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Step:
     """Where T new tokens of each row go: shared by all layers of one forward."""
@@ -177,9 +184,14 @@ class Step:
     index: Array  # i32 [B, T]  how many tokens of the row came before
     pos: Array  # i32 [B, T]  position (a tree's nodes share them), -1 for padding
     tree: Array | None  # bool [B, T, T]  [t, u]: token t sees token u; None: all before it
-    window: int | None
-    sinks: int
-    turns: dict[Rope, tuple[Array, Array]] = field(default_factory=dict)  # cos and sin at `pos`, [B, T, 1, n]
+    window: int | None = _static()
+    sinks: int = _static()
+    ropes: tuple[Rope, ...] = field(default=(), metadata=dict(static=True))
+    tables: tuple[tuple[Array, Array], ...] = ()  # of each of the ropes: cos and sin at `pos`, [B, T, 1, n]
+
+    def turn(self, rope: Rope | None) -> tuple[Array, Array] | None:
+        """Cos and sin of a rotary table at `pos`."""
+        return None if rope is None else self.tables[self.ropes.index(rope)]
 
 
 def begin(state: State, n_new: Array, depth: Array | None, tree: Array | None, T: int) -> Step:
@@ -250,11 +262,19 @@ def rewind(state: State, length: Array | int) -> State:
     """
     if any(isinstance(c, Recurrent) for c in state.layers):
         raise ContextError("a recurrent layer cannot be rewound: keep the State from before, it is still valid")
-    length = jnp.broadcast_to(jnp.asarray(length, jnp.int32), state.length.shape)
     if not isinstance(length, jax.core.Tracer) and not isinstance(state.length, jax.core.Tracer):
+        length = np.broadcast_to(np.asarray(length, np.int32), state.length.shape)
         _check_rewind(state, length)
-    keep = [replace(c, pos=jnp.where(c.pos >= length[:, None], EMPTY, c.pos)) for c in state.layers]
+    positions, length = _cut(tuple(c.pos for c in state.layers), length)
+    keep = [replace(c, pos=pos) for c, pos in zip(state.layers, positions, strict=True)]
     return replace(state, layers=tuple(keep), length=length)
+
+
+@jax.jit
+def _cut(positions: tuple[Array, ...], length: Array) -> tuple[tuple[Array, ...], Array]:
+    """Positions i32 [B, S] of each layer, EMPTY from `length` (or i32 [B]) on, and the length as i32 [B]."""
+    length = jnp.broadcast_to(jnp.asarray(length, jnp.int32), positions[0].shape[:1])
+    return tuple(jnp.where(pos >= length[:, None], EMPTY, pos) for pos in positions), length
 
 
 def _check_rewind(state: State, length: Array) -> None:

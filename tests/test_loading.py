@@ -7,7 +7,6 @@ import sys
 import textwrap
 import types
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -20,14 +19,9 @@ from jaxllm.checkpoint.canonical import flatten
 from jaxllm.checkpoint.safetensors import open_file, read_folder
 from jaxllm.errors import CheckpointError, ConfigError, JaxllmError, MissingExtraError, TokenizerError
 from jaxllm.files import read_object, write_whole
-from jaxllm.model import Model, compilation_cache
+from jaxllm.model import Model
 from tests import folders
 from tests.folders import CONFIG
-
-
-@pytest.fixture(autouse=True)
-def no_compilation_cache(monkeypatch):
-    monkeypatch.setenv("JAXLLM_CACHE", "off")
 
 
 def refusal(folder: pathlib.Path, kind: type = CheckpointError, **options) -> str:
@@ -574,58 +568,6 @@ def test_end_tokens_that_are_no_ids(tmp_path, value):
 def test_a_generation_config_that_is_none(tmp_path, text):
     (folders.write(tmp_path) / "generation_config.json").write_text(text)
     assert "generation_config.json" in refusal(tmp_path, ConfigError)
-
-
-# ---- the compilation cache --------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def jax_cache():
-    """jax's own setting, unset, and restored afterwards."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {n: getattr(jax.config, n) for n in names}
-    jax.config.update("jax_compilation_cache_dir", None)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
-@pytest.mark.usefixtures("jax_cache")
-class TestCompilationCache:
-    @pytest.mark.parametrize("word", ["off", "OFF", "0", "no"])
-    def test_off(self, monkeypatch, word):
-        monkeypatch.setenv("JAXLLM_CACHE", word)
-        assert compilation_cache() is None
-        assert jax.config.jax_compilation_cache_dir is None
-
-    def test_a_folder(self, monkeypatch, tmp_path):
-        monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path / "programs"))
-        assert compilation_cache() == tmp_path / "programs"
-        assert (tmp_path / "programs").is_dir()
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "programs")
-
-    def test_the_usual_folder(self, monkeypatch, tmp_path):
-        monkeypatch.delenv("JAXLLM_CACHE")
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        assert compilation_cache() == tmp_path / "jaxllm" / "xla"
-
-    def test_what_is_set_already_stays(self, monkeypatch, tmp_path):
-        monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path / "ours"))
-        jax.config.update("jax_compilation_cache_dir", str(tmp_path / "theirs"))
-        assert compilation_cache() == tmp_path / "theirs"
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "theirs")
-        assert not (tmp_path / "ours").exists()
-
-    def test_a_folder_that_cannot_be_made(self, monkeypatch, tmp_path):
-        (tmp_path / "file").write_text("")
-        monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path / "file" / "below"))
-        assert compilation_cache() is None
-        assert jax.config.jax_compilation_cache_dir is None
-
-    def test_load_sets_it(self, monkeypatch, tmp_path):
-        monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path / "programs"))
-        jaxllm.load(folders.write(tmp_path / "model"))
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "programs")
 
 
 # ---- memory -------------------------------------------------------------------------------------------------

@@ -94,7 +94,8 @@ def make_sampler(args: argparse.Namespace) -> tuple[Sampler, int | None]:
         idle = [f"--{name.replace('_', '-')}" for name in cuts] + ["--seed"] * (args.seed is not None)
         if idle:
             args.fail(f"{' and '.join(idle)} would change nothing at temperature 0; give --temperature")
-        return sampling.sampler(**given | {"temperature": 0.0}), None
+        more = given.keys() - {"temperature"}
+        return sampling.sampler(**given | {"temperature": 0.0}) if more else sampling.GREEDY, None
     chosen = secrets.randbits(31) if args.seed is None else args.seed
     return sampling.sampler(**given | {"temperature": temperature}), chosen
 

@@ -25,8 +25,8 @@ Array = jax.Array
 
 LEVELS = ("portable", "avx2", "avx512", "amx")  # as in cpu.h
 LIBRARY = pathlib.Path(__file__).with_name("_kernels.so")
-INTERFACE = 4  # as in ffi.cc: what Python and the library agree on
-CALLS = ("matmul", "gated", "packed", "packed_gated", "attend", "put", "norm", "keep")
+INTERFACE = 5  # as in ffi.cc: what Python and the library agree on
+CALLS = ("matmul", "gated", "packed", "packed_gated", "attend", "put", "norm", "keep", "read")
 CALLS = tuple(f"jaxllm_{name}" for name in CALLS)  # what the library gives to XLA
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 ACTIVATIONS = ("silu", "gelu_tanh")  # as in matmul.h
@@ -220,6 +220,13 @@ def norm(
     b = jnp.zeros(0, jnp.float32) if b is None else b
     call = jax.ffi.ffi_call("jaxllm_norm", jax.ShapeDtypeStruct(x.shape, x.dtype), vmap_method="sequential")
     return call(x, w, b, eps=np.float32(eps), centered=bool(centered), **how(most, threads))
+
+
+def read(x: Array, *, threads: int | None = None) -> Array:
+    """The bits of x (any shape and dtype, its bytes a multiple of 8) xored together, u64 as u32 [2]: every byte is
+    read once and nothing else is done, which is how fast memory can be read."""
+    call = jax.ffi.ffi_call("jaxllm_read", jax.ShapeDtypeStruct((2,), jnp.uint32))
+    return call(x, threads=how(None, threads)["threads"])
 
 
 def how(most: str | None, threads: int | None) -> dict[str, np.int64]:
