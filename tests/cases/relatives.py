@@ -85,7 +85,7 @@ CASES = {
     "helium-bias": Case(
         "helium", common(head_dim=16, attention_bias=True, mlp_bias=True, tie_word_embeddings=True)
     ),
-    "smollm3": Case("smollm3", common(no_rope_layers=[1, 1, 0], num_hidden_layers=3)),
+    "smollm3": Case("smollm3", common(no_rope_layers=[1, 1, 1, 0], num_hidden_layers=4)),
     "smollm3-slide": Case(
         "smollm3", common(use_sliding_window=True, sliding_window=8, no_rope_layer_interval=2, num_hidden_layers=3)
     ),
