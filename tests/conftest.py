@@ -1,5 +1,6 @@
 """What every test may ask for."""
 
+import importlib.metadata
 import os
 import pathlib
 
@@ -9,6 +10,12 @@ from jaxllm import native
 from tests.parity import HEAD, row
 
 os.environ.setdefault("JAXLLM_CACHE", "off")  # tests neither read nor leave compiled programs in the user's cache
+
+# Most of the time goes into compiling tiny programs, which these two halve; they change results by rounding alone.
+# For what XLA makes by default: JAX_DISABLE_MOST_OPTIMIZATIONS=0 XLA_FLAGS=--xla_cpu_use_fusion_emitters=true
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+if importlib.metadata.version("jaxlib").startswith(("0.10.", "0.11.", "0.12.")):  # XLA aborts at unknown flags
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -56,17 +56,22 @@ def compare(case: Case, folder: pathlib.Path) -> dict[str, float]:
 
     f = jax.jit(layers.forward, static_argnums=0, compiler_options=QUICK)
 
-    def run(tokens, state, *, depth=None, tree=None, **kw):
-        """Padded to one chunk size where a state is given, so that few programs serve all modes."""
+    def run(tokens, state, *, n_new=None, depth=None, tree=None):
+        """Three programs serve all modes: everything at once, one token, and chunks, padded to one size.
+
+        Where trees apply, a chunk is the tree that is a line.
+        """
         T = tokens.shape[1]
         if state is None:
-            return f(model.config, model.params, tokens)
+            out, state = f(model.config, model.params, tokens)
+            return np.asarray(out), state
         pad = 0 if T == 1 else CHUNK - T
-        kw.setdefault("n_new", np.full(ROWS, T, np.int32))
-        if tree is not None:
+        kw = dict(n_new=np.full(ROWS, T, np.int32) if n_new is None else n_new)
+        if T > 1 and "tree" in case.modes:
+            depth, tree = (np.arange(T, dtype=np.int32), np.tri(T, dtype=bool)) if tree is None else (depth, tree)
             kw |= dict(depth=np.pad(depth, (0, pad)), tree=np.pad(tree, (0, pad)))
         out, state = f(model.config, model.params, np.pad(tokens, ((0, 0), (0, pad))), state, **kw)
-        return out[:, :T], state
+        return np.asarray(out)[:, :T], state
 
     want = theirs(tokens)
     size = np.abs(want).max()
@@ -75,6 +80,7 @@ def compare(case: Case, folder: pathlib.Path) -> dict[str, float]:
     ours16 = load(folder, dtype="bfloat16", max_len=case.max_len)
     got16, _ = f(ours16.config, ours16.params, tokens)
     error = np.abs(np.asarray(got16) - want).mean()
+    f.clear_cache()  # three programs a case and a fourth are too many to keep
     errors["bf16"] = error / max(np.abs(theirs(tokens, reference.bfloat16()) - want).mean(), 1e-9)
     return errors
 

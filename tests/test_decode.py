@@ -13,6 +13,7 @@ from jaxllm.beam import beam_search
 from jaxllm.errors import ContextError, JaxllmError, TokenizerError
 from jaxllm.model import Model
 from jaxllm.stopping import Text
+from tests import plain
 
 PROMPTS = ["def add(a, b):", "import os\nimport sys\n\n\nclass Reader:\n    def __init__(self", "x = 1"]
 WARM = sampling.sampler(temperature=0.9, top_p=0.95)
@@ -31,11 +32,9 @@ def batch(model):
 def test_greedy_is_the_argmax_of_forward(model, batch):
     """The loop with its cache, chunks and padding says what one plain forward says."""
     for c in batch:
-        ids = np.array([[*c.prompt_tokens, *c.tokens]])
-        logits, _ = jaxllm.forward(model.config, model.params, ids)
-        start = len(c.prompt_tokens) - 1
-        assert np.argmax(logits[0, start:-1], -1).tolist() == list(c.tokens)
-        own = jax.nn.log_softmax(logits[0, start:-1], -1)
+        logits = plain.logits(model, [*c.prompt_tokens, *c.tokens])[len(c.prompt_tokens) - 1 : -1]
+        assert np.argmax(logits, -1).tolist() == list(c.tokens)
+        own = np.asarray(jax.nn.log_softmax(logits, -1))
         np.testing.assert_allclose(own[np.arange(12), list(c.tokens)], c.logprobs, atol=1e-4)
         assert [a.ids[0] for a in c.top] == list(c.tokens)
 
@@ -220,10 +219,8 @@ def test_eviction_is_exact_while_everything_fits(model, batch):
 def test_score_is_the_log_softmax_of_forward(model):
     scored = decode.score(model, [PROMPTS[1] * 12, PROMPTS[0]], logprobs=2)
     for s in scored:
-        ids = np.array([s.tokens])
-        logits, _ = jaxllm.forward(model.config, model.params, ids)
-        own = np.asarray(jax.nn.log_softmax(logits[0, :-1], -1))
-        np.testing.assert_allclose(own[np.arange(len(s.tokens) - 1), ids[0, 1:]], s.logprobs, atol=2e-4)
+        own = np.asarray(jax.nn.log_softmax(plain.logits(model, s.tokens)[:-1], -1))
+        np.testing.assert_allclose(own[np.arange(len(s.tokens) - 1), list(s.tokens[1:])], s.logprobs, atol=2e-4)
         assert [a.ids[0] for a in s.top] == np.argmax(own, -1).tolist()
     bits = -sum(scored[1].logprobs) / np.log(2) / len(PROMPTS[0])
     assert scored[1].bits_per_byte == pytest.approx(bits)

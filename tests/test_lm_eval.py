@@ -11,6 +11,7 @@ import jaxllm
 from jaxllm import decode
 from jaxllm.errors import ContextError, JaxllmError, MissingExtraError, TokenizerError
 from jaxllm.lm_eval import Requests, harness
+from tests import plain
 
 TEXT = """def add(a, b):
     return a + b
@@ -48,7 +49,7 @@ def short(model, max_len):
 
 def logprobs(model, ids):
     """f64 [T - 1, V]: of what follows each token but the last."""
-    logits = np.asarray(jaxllm.forward(model.config, model.params, np.array([ids], np.int32))[0][0], np.float64)
+    logits = plain.logits(model, ids).astype(np.float64)
     x = logits[:-1] - logits[:-1].max(-1, keepdims=True)
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 

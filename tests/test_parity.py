@@ -11,15 +11,6 @@ pytest.importorskip("transformers")
 BF16 = 1.5
 
 
-@pytest.fixture(autouse=True)
-def no_programs():
-    """Five programs a case are too many to keep."""
-    yield
-    import jax
-
-    jax.clear_caches()
-
-
 @pytest.mark.parametrize("name", all_cases())
 def test_logits_equal_transformers(name, tmp_path, record_property):
     case = all_cases()[name]

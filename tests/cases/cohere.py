@@ -18,10 +18,10 @@ HUB = dict(
 CASES = {
     "cohere": Case("cohere", common(use_qk_norm=True)),
     "cohere-bias": Case("cohere", common(attention_bias=True, logit_scale=0.5, tie_word_embeddings=False)),
-    "cohere2": Case("cohere2", common(sliding_window=8)),
+    "cohere2": Case("cohere2", common(sliding_window=8, num_hidden_layers=4)),
     "cohere2-old": Case(
         "cohere2",
-        common(sliding_window=8, attention_bias=True, sliding_window_pattern=3),
+        common(sliding_window=8, attention_bias=True, sliding_window_pattern=3, num_hidden_layers=4),
         convert=old_spelling(lambda old: HUB),
     ),
 }

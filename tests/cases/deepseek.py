@@ -9,6 +9,7 @@ ROUTER = dict(
     num_experts_per_tok=2,
     moe_intermediate_size=48,
     first_k_dense_replace=1,
+    num_hidden_layers=3,
     routed_scaling_factor=1.5,
 )
 LATENT = ROUTER | dict(
@@ -37,9 +38,9 @@ def extra_layer(folder) -> None:
 
     (path,) = folder.glob("*.safetensors")
     tensors = load_file(path)
-    copied = {n.replace(".layers.3.", ".layers.4."): x for n, x in tensors.items() if ".layers.3." in n}
+    copied = {n.replace(".layers.2.", ".layers.3."): x for n, x in tensors.items() if ".layers.2." in n}
     for name in ("enorm", "hnorm", "eh_proj", "shared_head.head"):
-        copied[f"model.layers.4.{name}.weight"] = np.ones((64, 128), np.float32)
+        copied[f"model.layers.3.{name}.weight"] = np.ones((64, 128), np.float32)
     save_file(tensors | copied, path, metadata={"format": "pt"})
 
 

@@ -4,7 +4,8 @@ from tests.cases.case import Case
 from tests.convert import convert, old_spelling
 from tests.tiny import common
 
-TEXT = dict(head_dim=32, sliding_window=8, query_pre_attn_scalar=24, num_hidden_layers=7)
+TEXT = dict(head_dim=32, sliding_window=8, query_pre_attn_scalar=24, num_hidden_layers=6)
+SHORT = dict(num_hidden_layers=3, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
 LINEAR = dict(
     full_attention=dict(rope_type="linear", rope_theta=1e6, factor=8.0),
     sliding_attention=dict(rope_type="default", rope_theta=10000.0),
@@ -55,19 +56,19 @@ CASES = {
         common(head_dim=16, attention_bias=True, tie_word_embeddings=False),
         convert=old_spelling(lambda old: dict(hidden_act="gelu")),
     ),
-    "gemma2": Case("gemma2", common(**TEXT | dict(num_hidden_layers=4))),
+    "gemma2": Case("gemma2", common(**TEXT | dict(num_hidden_layers=3))),
     "gemma2-plain": Case(
         "gemma2",
         common(head_dim=16, sliding_window=64, attn_logit_softcapping=None, final_logit_softcapping=None),
     ),
     "gemma2-old": Case("gemma2", common(**TEXT | dict(num_hidden_layers=3)), convert=old_spelling()),
-    "gemma3_text": Case("gemma3_text", common(**TEXT)),
+    "gemma3_text": Case("gemma3_text", common(**TEXT | dict(num_hidden_layers=7))),
     "gemma3_text-capped": Case(
         "gemma3_text",
-        common(**TEXT, rope_parameters=LINEAR, final_logit_softcapping=3.0),
+        common(**TEXT | SHORT, rope_parameters=LINEAR, final_logit_softcapping=3.0),
     ),
     "gemma3_text-old": Case("gemma3_text", common(**TEXT, rope_parameters=LINEAR), convert=convert(old_gemma3)),
-    "gemma3": Case("gemma3", wrapped()),
+    "gemma3": Case("gemma3", wrapped(**SHORT)),
     "gemma3-old": Case(
         "gemma3",
         wrapped(num_attention_heads=8, num_key_value_heads=4, head_dim=256, query_pre_attn_scalar=256),

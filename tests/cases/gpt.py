@@ -3,21 +3,21 @@
 from tests.cases.case import Case
 from tests.tiny import common
 
-GPT2 = dict(vocab_size=96, n_embd=64, n_layer=3, n_head=4, n_positions=128)
+GPT2 = dict(vocab_size=96, n_embd=64, n_layer=2, n_head=4, n_positions=128)
 OPT = dict(
     vocab_size=96,
     hidden_size=64,
     ffn_dim=96,
-    num_hidden_layers=3,
+    num_hidden_layers=2,
     num_attention_heads=4,
     max_position_embeddings=128,
 )
-MPT = dict(vocab_size=96, d_model=64, n_heads=4, n_layers=3, max_seq_len=128)
+MPT = dict(vocab_size=96, d_model=64, n_heads=4, n_layers=2, max_seq_len=128)
 
 CASES = {
     "gpt2": Case("gpt2", GPT2),
     "gpt2-relu": Case("gpt2", GPT2 | dict(activation_function="relu", n_inner=80)),
-    "gpt2-scales": Case("gpt2", GPT2 | dict(scale_attn_by_inverse_layer_idx=True)),
+    "gpt2-scales": Case("gpt2", GPT2 | dict(scale_attn_by_inverse_layer_idx=True, n_layer=3)),
     "gpt2-unscaled": Case("gpt2", GPT2 | dict(scale_attn_weights=False, tie_word_embeddings=False)),
     "gpt_bigcode": Case("gpt_bigcode", GPT2),
     "gpt_bigcode-mha": Case("gpt_bigcode", GPT2 | dict(multi_query=False)),

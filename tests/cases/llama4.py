@@ -13,6 +13,7 @@ TEXT = dict(
     attention_chunk_size=8,
     floor_scale=4,
     attn_scale=0.5,
+    num_hidden_layers=4,
 )
 VISION = dict(
     hidden_size=16,
@@ -56,6 +57,11 @@ CASES = {
     ),
     "llama4": Case(
         "llama4",
-        dict(text_config=common(**TEXT), vision_config=VISION, boi_token_index=91, eoi_token_index=92),
+        dict(
+            text_config=common(**TEXT | dict(num_hidden_layers=2), no_rope_layer_interval=2),
+            vision_config=VISION,
+            boi_token_index=91,
+            eoi_token_index=92,
+        ),
     ),
 }

@@ -2,7 +2,7 @@
 
 from tests.cases.case import RECURRENT, Case
 
-MAMBA = dict(vocab_size=96, hidden_size=64, num_hidden_layers=3, state_size=8)
+MAMBA = dict(vocab_size=96, hidden_size=64, num_hidden_layers=2, state_size=8)
 MAMBA2 = MAMBA | dict(num_heads=8, head_dim=16, n_groups=2, chunk_size=8)
 
 CASES = {

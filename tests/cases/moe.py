@@ -6,7 +6,7 @@ from tests.tiny import common
 LOCAL = dict(num_local_experts=4, num_experts_per_tok=2)
 OWN = dict(num_experts=4, num_experts_per_tok=2)
 SMALL = OWN | dict(moe_intermediate_size=48)
-ALTERNATE = ["sliding_attention", "full_attention"] * 2
+ALTERNATE = ["sliding_attention", "full_attention", "sliding_attention"]
 LONGROPE = dict(
     rope_type="longrope",
     rope_theta=10000.0,
@@ -33,11 +33,12 @@ CASES = {
             sliding_window=8,
             max_window_layers=2,
             mlp_only_layers=[1],
+            num_hidden_layers=3,
             norm_topk_prob=True,
             qkv_bias=False,
         ),
     ),
-    "qwen3_moe": Case("qwen3_moe", common(**SMALL, head_dim=32, decoder_sparse_step=2)),
+    "qwen3_moe": Case("qwen3_moe", common(**SMALL, head_dim=32, decoder_sparse_step=2, num_hidden_layers=3)),
     "qwen3_moe-renorm": Case(
         "qwen3_moe",
         common(**SMALL, norm_topk_prob=True, use_sliding_window=True, sliding_window=8, attention_bias=True),
@@ -59,7 +60,9 @@ CASES = {
     "phimoe-bias": Case(
         "phimoe", common(**LOCAL, attention_bias=True, lm_head_bias=True, rope_parameters=LONGROPE)
     ),
-    "gpt_oss": Case("gpt_oss", common(**LOCAL, head_dim=16, sliding_window=8, layer_types=ALTERNATE)),
+    "gpt_oss": Case(
+        "gpt_oss", common(**LOCAL, head_dim=16, sliding_window=8, layer_types=ALTERNATE, num_hidden_layers=3)
+    ),
     "gpt_oss-many": Case(
         "gpt_oss", common(num_local_experts=8, num_experts_per_tok=3, head_dim=32, sliding_window=4)
     ),

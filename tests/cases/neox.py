@@ -4,8 +4,8 @@ from tests.cases.case import Case
 from tests.tiny import common
 
 MHA = common(num_key_value_heads=4)
-FALCON = dict(vocab_size=96, hidden_size=64, num_hidden_layers=3, num_attention_heads=4)
-BLOOM = dict(vocab_size=96, hidden_size=64, n_layer=3, n_head=4)
+FALCON = dict(vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+BLOOM = dict(vocab_size=96, hidden_size=64, n_layer=2, n_head=4)
 
 CASES = {
     "gpt_neox": Case("gpt_neox", MHA),

@@ -12,6 +12,8 @@ CASES = {
     "olmo-old": Case("olmo", common(attention_bias=True, tie_word_embeddings=True), convert=old_spelling()),
     "olmo2": Case("olmo2", common()),
     "olmo2-bias": Case("olmo2", common(attention_bias=True, num_key_value_heads=4, rope_parameters=YARN)),
-    "olmo3": Case("olmo3", common(sliding_window=8)),
-    "olmo3-yarn": Case("olmo3", common(sliding_window=8, rope_parameters=BY_TYPE, attention_bias=True)),
+    "olmo3": Case("olmo3", common(sliding_window=8, num_hidden_layers=4)),
+    "olmo3-yarn": Case(
+        "olmo3", common(sliding_window=8, rope_parameters=BY_TYPE, attention_bias=True, num_hidden_layers=4)
+    ),
 }

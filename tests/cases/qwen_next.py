@@ -6,6 +6,7 @@ from tests.tiny import common
 # With a small eps the norm of a memory that holds next to nothing magnifies rounding: in f64, one unit in the last
 # place of an f32 embedding moved a logit by 7e-5.
 NEXT = common(
+    num_hidden_layers=4,
     rms_norm_eps=1e-3,
     head_dim=32,
     linear_num_key_heads=2,

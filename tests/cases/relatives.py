@@ -85,11 +85,19 @@ CASES = {
     "helium-bias": Case(
         "helium", common(head_dim=16, attention_bias=True, mlp_bias=True, tie_word_embeddings=True)
     ),
-    "smollm3": Case("smollm3", common(no_rope_layers=[1, 1, 1, 0])),
-    "smollm3-slide": Case("smollm3", common(use_sliding_window=True, sliding_window=8, no_rope_layer_interval=2)),
+    "smollm3": Case("smollm3", common(no_rope_layers=[1, 1, 1, 0], num_hidden_layers=4)),
+    "smollm3-slide": Case(
+        "smollm3", common(use_sliding_window=True, sliding_window=8, no_rope_layer_interval=2, num_hidden_layers=3)
+    ),
     "smollm3-old": Case(
         "smollm3",
-        common(use_sliding_window=True, sliding_window=8, no_rope_layer_interval=2, tie_word_embeddings=False),
+        common(
+            use_sliding_window=True,
+            sliding_window=8,
+            no_rope_layer_interval=2,
+            num_hidden_layers=3,
+            tie_word_embeddings=False,
+        ),
         convert=old_spelling(lambda old: dict(no_rope_layers=None)),
     ),
     "granite": Case("granite", common(**GRANITE)),
@@ -113,10 +121,14 @@ CASES = {
         common(head_dim=32, attention_bias=True, rope_parameters=DYNAMIC | dict(alpha=50.0, factor=1.0)),
         convert=old_spelling(lambda old: HUNYUAN),
     ),
-    "exaone4": Case("exaone4", common(sliding_window=8)),
-    "exaone4-full": Case("exaone4", common(sliding_window=None, layer_types=["full_attention"] * 4)),
-    "exaone4-old": Case("exaone4", common(sliding_window=8, rope_parameters=LLAMA3), convert=old_spelling()),
-    "qwen2-slide": Case("qwen2", common(use_sliding_window=True, sliding_window=8, max_window_layers=2)),
+    "exaone4": Case("exaone4", common(sliding_window=8, num_hidden_layers=4)),
+    "exaone4-full": Case("exaone4", common(sliding_window=None, layer_types=["full_attention"] * 2)),
+    "exaone4-old": Case(
+        "exaone4", common(sliding_window=8, rope_parameters=LLAMA3, num_hidden_layers=4), convert=old_spelling()
+    ),
+    "qwen2-slide": Case(
+        "qwen2", common(use_sliding_window=True, sliding_window=8, max_window_layers=2, num_hidden_layers=3)
+    ),
     "qwen3-old": Case(
         "qwen3",
         common(head_dim=32, use_sliding_window=True, sliding_window=8, max_window_layers=1, rope_parameters=YARN),

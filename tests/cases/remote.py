@@ -271,6 +271,7 @@ CASES = {
             moe_intermediate_size=48,
             shared_expert_intermediate_size=0,
             mlp_only_layers=[0],
+            num_hidden_layers=3,
             qkv_bias=False,
         ),
         convert=convert(
