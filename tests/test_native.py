@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -413,3 +414,13 @@ def test_another_processor_gets_the_portable_sources():
     levels = {level for _, level, _ in build.units("aarch64")}
     assert levels == {"", "portable"}
     assert {level for _, level, _ in build.units("x86_64")} == {"", *native.LEVELS}
+
+
+def test_every_access_under_a_mask_is_checked():
+    """What compilers do not check is named in checked.h."""
+    access = re.compile(r"_mm\d*_\w*(?:mask\w*(?:load|store)|gather|scatter)\w*")
+    files = [p for p in build.HERE.iterdir() if p.suffix in (".cc", ".h") and p.name != "checked.h"]
+    used = {name for path in files for name in access.findall(path.read_text(encoding="utf-8"))}
+    known = (build.HERE / "checked.h").read_text(encoding="utf-8")
+    assert used
+    assert {name for name in used if f"#define {name}(" not in known} == set()

@@ -2,12 +2,8 @@
 
 `pip install` does the same where it finds a compiler. Two kinds are for tests: with --sanitize the library checks
 every memory access and every undefined operation, with --soft-tiles the kernels of AMX run on any processor with
-AVX-512 and BF16, their tiles in software. They go to a file of their own, and the sanitized one wants the
-compiler's runtime in front:
-
-    python -m jaxllm.native.build --sanitize --soft-tiles --to /tmp/checked.so
-    LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" \\
-        ASAN_OPTIONS=detect_leaks=0 JAXLLM_NATIVE_LIBRARY=/tmp/checked.so python -m pytest tests/test_native.py
+AVX-512 and BF16, their tiles in software. They go to a file of their own (--to), and JAXLLM_NATIVE_LIBRARY names
+it; tools/check_kernels.sh runs the kernels' tests on one that is both.
 """
 
 from __future__ import annotations
@@ -27,6 +23,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 NAME = "_kernels.so"  # beside this file
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1"]
+SANITIZE += ["-include", str(HERE / "checked.h")]
 SOFT_TILES = ["-DJAXLLM_SOFT_TILES"]
 LEVELS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
