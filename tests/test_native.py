@@ -55,7 +55,8 @@ def products(x, w):
 
 
 @pytest.mark.parametrize(
-    ("m", "k", "n"), [(1, 576, 576), (2, 40, 33), (7, 1600, 130), (33, 37, 65), (16, 32, 16), (513, 64, 70)]
+    ("m", "k", "n"),
+    [(1, 576, 576), (2, 40, 33), (7, 1600, 130), (33, 37, 65), (5, 33, 19), (16, 32, 16), (513, 64, 70)],
 )
 def test_matmul_is_the_product(level, m, k, n):
     for x_type, w_type in [(BF16, BF16), (F32, F32), (F32, BF16), (BF16, F32)]:
@@ -89,6 +90,16 @@ def test_matmul_keeps_what_is_no_number(level):
     assert np.isnan(got[2]).all()
     assert not np.isfinite(got[3]).any()
     assert np.isfinite(got[jnp.array([0, 1, 4])]).all()
+
+
+def test_bf16_is_rounded_to_nearest_even(level):
+    """Every normal bf16 with the f32 around its ties; what is no number stays none."""
+    upper = np.arange(2**16, dtype=np.uint32)
+    bits = upper[:, None] << 16 | np.array([0, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
+    x = bits[upper & 0x7F80 > 0].reshape(-1, 1).view(np.float32)
+    got = matmul(jnp.asarray(x), jnp.ones((1, 1)), out=BF16, most=level)
+    with np.errstate(invalid="ignore"):
+        np.testing.assert_array_equal(got.astype(F32), x.astype(BF16).astype(F32))
 
 
 def test_matmul_of_nothing(built):
@@ -186,6 +197,24 @@ def test_a_query_that_is_no_number_stays_none(level):
     got = attend(q.at[0, 2, 0, 1, 0].set(jnp.nan), k, v, mask, scale=0.2, most=level)
     assert np.isnan(got[0, 2, 0, 1]).all()
     assert np.isnan(got).sum() == 32
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_a_query_that_sees_one_slot_gets_its_value(level, dtype):
+    """Each slot in turn: the first and last of blocks and halves of blocks too."""
+    q, k, v, _ = case(130, 1, 1, 1, 8, 130, "causal", dtype)
+    got = attend(q, k, v, jnp.eye(130, dtype=bool)[:, None], scale=0.2, most=level)
+    np.testing.assert_array_equal(got[:, 0, 0, 0].astype(F32), v[jnp.arange(130), 0, jnp.arange(130)].astype(F32))
+
+
+@pytest.mark.parametrize(("softcap", "most"), [(None, 8), (2.0, 40)])
+def test_weights_are_exact(level, softcap, most):
+    """A score against one of zero, the other value zero: the result is the weight itself."""
+    scores = np.linspace(-most, most, 997, dtype=np.float32)
+    k, v, mask = jnp.asarray([1.0, 0.0]), jnp.asarray([1.0, 0.0]), jnp.ones((1, 997, 2), bool)
+    arrays = jnp.asarray(scores).reshape(1, 997, 1, 1, 1), k.reshape(1, 1, 2, 1), v.reshape(1, 1, 2, 1), mask
+    got = attend(*arrays, scale=1.0, softcap=softcap, most=level)
+    np.testing.assert_allclose(got, definition(*arrays, None, 1.0, softcap), rtol=2e-6)
 
 
 # ---- gated products and the cache -------------------------------------------------------------------------

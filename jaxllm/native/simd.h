@@ -6,6 +6,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace jaxllm::JAXLLM_LEVEL {
@@ -113,9 +115,13 @@ static inline V where_zero(V x, V a, V b) { return _mm256_blendv_ps(b, a, _mm256
 
 #else
 
-// The vectors of GCC and Clang: four lanes, which every 64-bit processor has in some form.
+// The vectors of GCC and Clang: four lanes, which every 64-bit processor has in some form. On aarch64 they are NEON.
 constexpr int64_t kLanes = 4;
+#if defined(__aarch64__)
+constexpr int kRows = 6;
+#else
 constexpr int kRows = 2;
+#endif
 typedef float V __attribute__((vector_size(16)));
 typedef int32_t I __attribute__((vector_size(16)));
 
@@ -131,7 +137,11 @@ static inline V load(const float* p) {
   std::memcpy(&v, p, sizeof v);
   return v;
 }
+#if defined(__aarch64__)
+static inline V load(const Half* p) { return (V)vshll_n_u16(vld1_u16(p), 16); }
+#else
 static inline V load(const Half* p) { return V{widened(p[0]), widened(p[1]), widened(p[2]), widened(p[3])}; }
+#endif
 static inline void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
 static inline V set(float f) { return V{f, f, f, f}; }
 static inline V fma(V a, V b, V c) { return a * b + c; }
