@@ -25,4 +25,4 @@ trap 'rm -rf "$folder"' EXIT
 LD_PRELOAD=$runtimes \
     ASAN_OPTIONS=detect_leaks=0:max_malloc_fill_size=1073741824:malloc_fill_byte=255 \
     JAXLLM_NATIVE_LIBRARY=$folder/checked.so \
-    "$python" -m pytest --capture=sys -k "not (differentiated or tiles)" tests/test_native*.py
+    "$python" -m pytest --capture=sys -k "not (differentiated or tiles or test_native_alone)" tests/test_native*.py
