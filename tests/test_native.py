@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -40,7 +41,8 @@ def products(x, w):
 
 
 @pytest.mark.parametrize(
-    ("m", "k", "n"), [(1, 576, 576), (2, 40, 33), (7, 1600, 130), (33, 37, 65), (16, 32, 16), (513, 64, 70)]
+    ("m", "k", "n"),
+    [(1, 576, 576), (2, 40, 33), (7, 1600, 130), (33, 37, 65), (5, 33, 19), (16, 32, 16), (513, 64, 70)],
 )
 def test_matmul_is_the_product(level, m, k, n):
     for x_type, w_type in [
@@ -83,6 +85,16 @@ def test_matmul_keeps_what_is_no_number(level):
     assert np.isnan(got[2]).all()
     assert not np.isfinite(got[3]).any()
     assert np.isfinite(got[jnp.array([0, 1, 4])]).all()
+
+
+def test_bf16_is_rounded_to_nearest_even(level):
+    """Every normal bf16 with the f32 around its ties; what is no number stays none."""
+    upper = np.arange(2**16, dtype=np.uint32)
+    bits = upper[:, None] << 16 | np.array([0, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
+    x = bits[upper & 0x7F80 > 0].reshape(-1, 1).view(np.float32)
+    got = matmul(jnp.asarray(x), jnp.ones((1, 1)), out=BF16, most=level)
+    with np.errstate(invalid="ignore"):
+        np.testing.assert_array_equal(got.astype(F32), x.astype(BF16).astype(F32))
 
 
 def test_matmul_of_nothing(built):
@@ -180,6 +192,24 @@ def test_a_query_that_is_no_number_stays_none(level):
     got = attend(q.at[0, 2, 0, 1, 0].set(jnp.nan), k, v, mask, scale=0.2, most=level)
     assert np.isnan(got[0, 2, 0, 1]).all()
     assert np.isnan(got).sum() == 32
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_a_query_that_sees_one_slot_gets_its_value(level, dtype):
+    """Each slot in turn: the first and last of blocks and halves of blocks too."""
+    q, k, v, _ = case(130, 1, 1, 1, 8, 130, "causal", dtype)
+    got = attend(q, k, v, jnp.eye(130, dtype=bool)[:, None], scale=0.2, most=level)
+    np.testing.assert_array_equal(got[:, 0, 0, 0].astype(F32), v[jnp.arange(130), 0, jnp.arange(130)].astype(F32))
+
+
+@pytest.mark.parametrize(("softcap", "most"), [(None, 8), (2.0, 40)])
+def test_weights_are_exact(level, softcap, most):
+    """A score against one of zero, the other value zero: the result is the weight itself."""
+    scores = np.linspace(-most, most, 997, dtype=np.float32)
+    k, v, mask = jnp.asarray([1.0, 0.0]), jnp.asarray([1.0, 0.0]), jnp.ones((1, 997, 2), bool)
+    arrays = jnp.asarray(scores).reshape(1, 997, 1, 1, 1), k.reshape(1, 1, 2, 1), v.reshape(1, 1, 2, 1), mask
+    got = attend(*arrays, scale=1.0, softcap=softcap, most=level)
+    np.testing.assert_allclose(got, definition(*arrays, None, 1.0, softcap), rtol=2e-6)
 
 
 # ---- gated products and the cache -------------------------------------------------------------------------
@@ -408,3 +438,13 @@ def test_another_processor_gets_the_portable_sources():
     levels = {level for _, level, _ in build.units("aarch64")}
     assert levels == {"", "portable"}
     assert {level for _, level, _ in build.units("x86_64")} == {"", *native.LEVELS}
+
+
+def test_every_access_under_a_mask_is_checked():
+    """What compilers do not check is named in checked.h."""
+    access = re.compile(r"_mm\d*_\w*(?:mask\w*(?:load|store)|gather|scatter)\w*")
+    files = [p for p in build.HERE.iterdir() if p.suffix in (".cc", ".h") and p.name != "checked.h"]
+    used = {name for path in files for name in access.findall(path.read_text(encoding="utf-8"))}
+    known = (build.HERE / "checked.h").read_text(encoding="utf-8")
+    assert used
+    assert {name for name in used if f"#define {name}(" not in known} == set()

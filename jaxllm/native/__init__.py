@@ -5,7 +5,7 @@ operations. Nothing is loaded before the first kernel is traced.
 
 Environment: JAXLLM_NATIVE=off keeps to XLA; JAXLLM_NATIVE=portable, avx2, avx512 or amx goes no higher than that
 instruction set (default: the best of the machine). JAXLLM_NATIVE_THREADS=N limits the threads (default: all that
-XLA has).
+XLA has). JAXLLM_NATIVE_LIBRARY=FILE: a library of `python -m jaxllm.native.build --to FILE`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from jaxllm.errors import JaxllmError
 Array = jax.Array
 
 LEVELS = ("portable", "avx2", "avx512", "amx")  # as in cpu.h
-LIBRARY = pathlib.Path(__file__).with_name("_kernels.so")
+LIBRARY = pathlib.Path(os.environ.get("JAXLLM_NATIVE_LIBRARY") or pathlib.Path(__file__).with_name("_kernels.so"))
 INTERFACE = 5  # as in ffi.cc: what Python and the library agree on
 CALLS = ("matmul", "gated", "packed", "packed_gated", "attend", "put", "norm", "keep", "read")
 CALLS = tuple(f"jaxllm_{name}" for name in CALLS)  # what the library gives to XLA

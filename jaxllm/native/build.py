@@ -1,10 +1,9 @@
-"""Compile the native kernels: `python -m jaxllm.native.build [--sanitize]`. Needs a C++17 compiler, nothing else.
+"""Compile the native kernels: `python -m jaxllm.native.build`. Needs a C++17 compiler, nothing else.
 
-`pip install` does the same where it finds a compiler. With --sanitize the library checks every memory access and
-every undefined operation; run it with the compiler's own runtime in front:
-
-    LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" \\
-        ASAN_OPTIONS=detect_leaks=0 python -m pytest tests/test_native.py
+`pip install` does the same where it finds a compiler. Two kinds are for tests: with --sanitize the library checks
+every memory access and every undefined operation, with --soft-tiles the kernels of AMX run on any processor with
+AVX-512 and BF16, their tiles in software. They go to a file of their own (--to), and JAXLLM_NATIVE_LIBRARY names
+it; tools/check_kernels.sh runs the kernels' tests on one that is both.
 """
 
 from __future__ import annotations
@@ -24,6 +23,8 @@ HERE = pathlib.Path(__file__).resolve().parent
 NAME = "_kernels.so"  # beside this file
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1"]
+SANITIZE += ["-include", str(HERE / "checked.h")]
+SOFT_TILES = ["-DJAXLLM_SOFT_TILES"]
 LEVELS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": [
@@ -68,12 +69,12 @@ def compiler() -> list[str]:
     raise RuntimeError("no C++ compiler was found (c++, g++ or clang++); install one, or name it in $CXX")
 
 
-def build(target: pathlib.Path = HERE / NAME, *, sanitize: bool = False) -> pathlib.Path:
+def build(target: pathlib.Path = HERE / NAME, *, sanitize: bool = False, soft_tiles: bool = False) -> pathlib.Path:
     """Compile everything into one shared library at `target` and return it.
 
     Raises RuntimeError with the compiler's words where it fails.
     """
-    command = [*compiler(), *FLAGS, *(SANITIZE if sanitize else [])]
+    command = [*compiler(), *FLAGS, *(SANITIZE if sanitize else []), *(SOFT_TILES if soft_tiles else [])]
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         objects = []
@@ -104,9 +105,14 @@ def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m jaxllm.native.build", description="Compile the kernels.")
     parser.add_argument("--sanitize", action="store_true", help="with address and undefined-behaviour checks")
+    parser.add_argument("--soft-tiles", action="store_true", help="AMX in software, for tests without it")
+    parser.add_argument("--to", type=pathlib.Path, metavar="FILE", help="where to (default: beside the sources)")
     args = parser.parse_args()
+    if args.to is None and (args.sanitize or args.soft_tiles):
+        parser.error("--sanitize and --soft-tiles make a library for tests; say where it goes with --to FILE")
     try:
-        print(f"built {build(sanitize=args.sanitize)}")
+        made = build(args.to or HERE / NAME, sanitize=args.sanitize, soft_tiles=args.soft_tiles)
+        print(f"built {made}")
     except RuntimeError as error:
         print(f"not built: {error}", file=sys.stderr)
         return 1

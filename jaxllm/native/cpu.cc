@@ -25,6 +25,12 @@ Leaf leaf(unsigned number, unsigned sub) {
 
 bool has(unsigned bits, int bit) { return (bits >> bit) & 1; }
 
+#if defined(JAXLLM_SOFT_TILES)
+
+bool has_tiles() { return true; }
+
+#else
+
 // Linux gives a process the 8 KiB of tile registers only when it asks; the answer holds for all its threads.
 bool may_use_tiles() {
 #if defined(__linux__)
@@ -35,6 +41,13 @@ bool may_use_tiles() {
 #endif
 }
 
+bool has_tiles() {
+  const unsigned features = leaf(7, 0).edx;
+  return has(features, 22) && has(features, 24) && has(features, 25) && may_use_tiles();
+}
+
+#endif
+
 Level detect() {
   __builtin_cpu_init();
   // The compiler's own check knows whether the operating system keeps the vector registers.
@@ -43,9 +56,7 @@ Level detect() {
                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                     __builtin_cpu_supports("avx512vnni");
   if (!wide || !has(leaf(7, 1).eax, 5)) return Level::kAvx2;
-  const unsigned features = leaf(7, 0).edx;
-  const bool tiles = has(features, 22) && has(features, 24) && has(features, 25);
-  return tiles && may_use_tiles() ? Level::kAmx : Level::kAvx512;
+  return has_tiles() ? Level::kAmx : Level::kAvx512;
 }
 
 #else

@@ -6,6 +6,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace jaxllm::JAXLLM_LEVEL {
@@ -228,9 +230,13 @@ static inline void transpose(V r[8]) {  // r[i] lane j becomes r[j] lane i
 
 #else
 
-// The vectors of GCC and Clang: four lanes, which every 64-bit processor has in some form.
+// The vectors of GCC and Clang: four lanes, which every 64-bit processor has in some form. On aarch64 they are NEON.
 constexpr int64_t kLanes = 4;
+#if defined(__aarch64__)
+constexpr int kRows = 6;
+#else
 constexpr int kRows = 2;
+#endif
 typedef float V __attribute__((vector_size(16)));
 typedef int32_t I __attribute__((vector_size(16)));
 
@@ -246,7 +252,11 @@ static inline V load(const float* p) {
   std::memcpy(&v, p, sizeof v);
   return v;
 }
+#if defined(__aarch64__)
+static inline V load(const Half* p) { return (V)vshll_n_u16(vld1_u16(p), 16); }
+#else
 static inline V load(const Half* p) { return V{widened(p[0]), widened(p[1]), widened(p[2]), widened(p[3])}; }
+#endif
 static inline V load(const F16* p) { return V{widened(p[0]), widened(p[1]), widened(p[2]), widened(p[3])}; }
 static inline V rounded(V v) {  // to the nearest bf16
   return V{widened(narrowed(v[0])), widened(narrowed(v[1])), widened(narrowed(v[2])), widened(narrowed(v[3]))};

@@ -1,10 +1,41 @@
 // AMX: tile registers, and the 16x16 transposition that goes with them. Written as assembly because GCC 12's
-// intrinsics say too little about the memory they read (it drops the stores of the configuration).
+// intrinsics say too little about the memory they read (it drops the stores of the configuration). A library built
+// with JAXLLM_SOFT_TILES has them in software, for tests on processors without.
 #pragma once
 
 #include <immintrin.h>
 
 #include <cstdint>
+
+#if defined(JAXLLM_SOFT_TILES)
+
+#include "soft_tiles.h"
+
+#define TILE_CONFIGURE(config) jaxllm::amx::soft::configure(&config)
+#define TILE_RELEASE() jaxllm::amx::soft::release()
+#define TILE_ZERO(t) jaxllm::amx::soft::zero(t)
+#define TILE_LOAD(t, from, row_bytes) jaxllm::amx::soft::load(t, from, row_bytes)
+#define TILE_STORE(t, to, row_bytes) jaxllm::amx::soft::store(t, to, row_bytes)
+#define TILE_DOT(sum, left, right) jaxllm::amx::soft::dot_bf16(sum, left, right)
+#define TILE_DOT_U8S8(sum, left, right) jaxllm::amx::soft::dot_bytes<uint8_t>(sum, left, right)
+#define TILE_DOT_S8S8(sum, left, right) jaxllm::amx::soft::dot_bytes<int8_t>(sum, left, right)
+
+#else
+
+#define TILE_CONFIGURE(config) asm volatile("ldtilecfg %0" ::"m"(config))
+#define TILE_RELEASE() asm volatile("tilerelease")
+#define TILE_ZERO(t) asm volatile("tilezero %%tmm" #t :::)
+#define TILE_LOAD(t, from, row_bytes) \
+  asm volatile("tileloadd (%0,%1,1), %%tmm" #t ::"r"(from), "r"(static_cast<int64_t>(row_bytes)) : "memory")
+#define TILE_STORE(t, to, row_bytes) \
+  asm volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"(to), "r"(static_cast<int64_t>(row_bytes)) : "memory")
+// sum [16, width] += left [16, 32] times right [32, width], both bf16
+#define TILE_DOT(sum, left, right) asm volatile("tdpbf16ps %%tmm" #right ", %%tmm" #left ", %%tmm" #sum :::)
+// sum i32 [16, width] += left [16, 64] times right [64, width], bytes; the right ones are signed
+#define TILE_DOT_U8S8(sum, left, right) asm volatile("tdpbusd %%tmm" #right ", %%tmm" #left ", %%tmm" #sum :::)
+#define TILE_DOT_S8S8(sum, left, right) asm volatile("tdpbssd %%tmm" #right ", %%tmm" #left ", %%tmm" #sum :::)
+
+#endif
 
 namespace jaxllm::amx {
 
@@ -16,7 +47,8 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {};
 };
 
-// Registers 0 to 3 are sums [16, width] f32, 4 and 5 left operands [16, 32], 6 and 7 right operands [16, width, 2].
+// Registers 0 to 3 are sums [16, width] of 32 bits, 4 and 5 left operands [16, 64 bytes], 6 and 7 right operands
+// [16, width, 4 bytes]: pairs of bf16 or four 8-bit integers that meet neighbours of a left row.
 class Tiles {
  public:
   explicit Tiles(int64_t width) {
@@ -25,19 +57,11 @@ class Tiles {
       config.rows[i] = 16;
       config.row_bytes[i] = (i == 4 || i == 5) ? 64 : static_cast<uint16_t>(4 * width);
     }
-    asm volatile("ldtilecfg %0" ::"m"(config));
+    TILE_CONFIGURE(config);
   }
   Tiles(const Tiles&) = delete;
-  ~Tiles() { asm volatile("tilerelease"); }
+  ~Tiles() { TILE_RELEASE(); }
 };
-
-#define TILE_ZERO(t) asm volatile("tilezero %%tmm" #t :::)
-#define TILE_LOAD(t, from, row_bytes) \
-  asm volatile("tileloadd (%0,%1,1), %%tmm" #t ::"r"(from), "r"(static_cast<int64_t>(row_bytes)) : "memory")
-#define TILE_STORE(t, to, row_bytes) \
-  asm volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"(to), "r"(static_cast<int64_t>(row_bytes)) : "memory")
-// sum [16, width] += left [16, 32] times right [32, width], both bf16
-#define TILE_DOT(sum, left, right) asm volatile("tdpbf16ps %%tmm" #right ", %%tmm" #left ", %%tmm" #sum :::)
 
 // r[i] lane j becomes r[j] lane i.
 static inline void transpose16(__m512i r[16]) {
