@@ -2,7 +2,8 @@
 
 A weight is an array [out, in] or a packed leaf (`QTensor`). What differs between platforms is chosen when
 the program is lowered (`lax.platform_dependent`), so that exporting for another platform keeps its form. On CPU
-the kernels of `jaxllm.native` are taken where they are built; within `portable()` none is.
+the kernels of `jaxllm.native` are taken where they are built, on a TPU or GPU those of `jaxllm.kernels`; within
+`portable()` none is.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxllm import native
+from jaxllm import kernels, native
 from jaxllm.quant import QTensor, adapted, dequantize, products
 from jaxllm.quant.cache import CacheCodes, expanded, quantized
 
@@ -34,7 +35,7 @@ BLOCK_ROWS = 32  # rows of one expert multiplied at a time (CPU)
 
 
 def portable() -> AbstractContextManager[None]:
-    """Within it, programs are traced without native kernels: for export to machines that do not have them."""
+    """Within it, programs are traced without kernels of any platform: for export to machines without them."""
     return _PORTABLE(True)
 
 
@@ -54,10 +55,16 @@ def matmul(x: Array, w: Array | QTensor, *, out: jnp.dtype | None = None) -> Arr
     if isinstance(w, adapted.LoRA):
         return (matmul(x, w.w, out=jnp.float32) + adapted.added(x, w)).astype(out)
     if isinstance(w, QTensor):
-        return products.matmul(rows, w).astype(out).reshape(*x.shape[:-1], w.shape[0])
+        return _packed_product(rows, w).astype(out).reshape(*x.shape[:-1], w.shape[0])
     taken = _refused(native.refuses_matmul(rows, w)) is None
     y = _product(rows, w, out) if taken else _xla_product(rows, w, out)
     return y.reshape(*x.shape[:-1], w.shape[0])
+
+
+def _packed_product(x: Array, w: QTensor) -> Array:
+    if _refused(kernels.refuses_matmul(x, w)):
+        return products.matmul(x, w)
+    return kernels.matmul(x, w, otherwise=products.matmul)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -146,9 +153,13 @@ def grouped_matmul(x: Array, w: Array | QTensor, expert: Array) -> Array:
 
     The work grows with R, not with E. Differentiable in x and w to any order.
     """
-    if isinstance(w, QTensor):
-        return products.grouped_matmul(x, w, expert, few=FEW_ROWS, size=BLOCK_ROWS)
-    return _grouped(x, w.astype(x.dtype), expert)
+    w, definition = (w, _grouped_packed) if isinstance(w, QTensor) else (w.astype(x.dtype), _grouped)
+    if _refused(kernels.refuses_grouped_matmul(x, w)):
+        return definition(x, w, expert)
+    return kernels.grouped_matmul(x, w, expert, otherwise=definition)
+
+
+_grouped_packed = functools.partial(products.grouped_matmul, few=FEW_ROWS, size=BLOCK_ROWS)
 
 
 @jax.custom_jvp
@@ -313,8 +324,16 @@ def attend(
     """
     scoring |= dict(sinks=sinks)
     k, v = expanded(k), expanded(v)
+    if _refused(kernels.refuses_attend(q, k, v, scoring.get("bias"))):
+        return _attend_here(q, k, v, mask, **scoring)
+    numbers = dict(scale=scoring["scale"], softcap=scoring.get("softcap"))
+    otherwise = lambda q, k, v, mask, sinks: _attend_here(q, k, v, mask, sinks=sinks, **numbers)
+    return kernels.attend(q, k, v, mask, sinks, **numbers, otherwise=otherwise)
+
+
+def _attend_here(q: Array, k: Array, v: Array, mask: Array, *, sinks: Array | None, **scoring) -> Array:
     if _refused(native.refuses_attend(q, k, v, scoring.get("bias"))):
-        return _xla_attend(q, k, v, mask, **scoring)
+        return _xla_attend(q, k, v, mask, sinks=sinks, **scoring)
     return _attend(q, k, v, mask, sinks, scoring["scale"], scoring.get("softcap"))
 
 
