@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from jaxllm import __version__
-from jaxllm.commands import chat, compare, generate, info, logits, quantize, score
+from jaxllm.commands import chat, compare, generate, info, logits, quantize, score, tune
 from jaxllm.commands.common import formatter
 from jaxllm.errors import JaxllmError
 
@@ -24,6 +24,7 @@ COMMANDS = {
     "info": info,
     "compare": compare,
     "quantize": quantize,
+    "tune": tune,
 }
 
 

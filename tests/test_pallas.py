@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm import kernels, ops
+from benchmarks import accelerator
+from jaxllm import cli, kernels, ops
 from jaxllm.errors import JaxllmError
-from jaxllm.kernels import attention, coding, dense, grouped, tiles
+from jaxllm.kernels import attention, coding, dense, grouped, product, tiles, tune
 from jaxllm.kernels.tiles import Tiles
 from jaxllm.quant import FORMATS, dequantize, encode, named, products
 from tests.test_native import BF16, F32, case, definition, normal
@@ -127,6 +128,22 @@ def test_a_gpu_refuses_what_its_tiles_do_not_divide():
     assert "do not divide 33x64" in dense.refuses(x, packed("q4f16_1", 33, 64), "cuda")
     assert "powers of two" in dense.refuses(normal((1, 192)), packed("int4_g32", 16, 192, group=96), "cuda")
     assert "float16" in dense.refuses(x.astype(jnp.float16), packed("q4f16_1", 32, 64), "cuda")
+
+
+def test_an_older_gpu_refuses_what_it_lacks(monkeypatch):
+    monkeypatch.setattr(product, "capability", lambda: 8.0)
+    assert "compute capability 8.9" in dense.refuses(normal((1, 64)), packed("fp8_e4m3", 16, 64), "cuda")
+    assert dense.refuses(normal((1, 64)), packed("fp8_e5m2_tensor", 16, 64), "cuda") is None
+    monkeypatch.setattr(kernels, "present", lambda: "cuda")
+    assert kernels._absent.__wrapped__() is None
+    monkeypatch.setattr(tiles, "capability", lambda: 7.5)
+    assert "compute capability 8.0" in kernels._absent.__wrapped__()
+
+
+def test_several_accelerators_keep_to_xla(monkeypatch):
+    monkeypatch.setattr(kernels, "present", lambda: "tpu")
+    monkeypatch.setattr(jax, "devices", lambda: [None, None])
+    assert "several accelerators" in kernels._absent.__wrapped__()
 
 
 def test_every_format_is_taken_or_refused_with_a_reason():
@@ -340,3 +357,80 @@ def test_defaults_cover_any_number_of_rows():
         for op, rows in table.items():
             assert [most for most, _ in rows] == sorted(most for most, _ in rows)
             assert tiles.chosen(op, platform, "", 10**6) == rows[-1][1]
+
+
+# ---- the tuner and the benchmark --------------------------------------------------------------------------
+
+
+def test_without_an_accelerator_there_is_nothing_to_tune(capsys):
+    assert cli.main(["tune", "--shape", "64x64", "--format", "q4f16_1"]) == 1
+    assert "there is no TPU and no NVIDIA GPU here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["64", "0x3", "axb", "1x2x3x4"])
+def test_a_shape_is_two_or_three_numbers(capsys, text):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["tune", "--shape", text])
+    assert stopped.value.code == 2
+    assert "expected NxK or ExNxK" in capsys.readouterr().err
+
+
+@pytest.fixture
+def pretended(monkeypatch, cache):
+    """As if this CPU were a TPU: kernels are interpreted, and two tiles are tried."""
+    monkeypatch.setattr(tune, "device", lambda: "tpu")
+    monkeypatch.setattr(tune, "PACE", 0.0)
+    for module, name in ((dense, "matmul"), (grouped, "grouped_matmul"), (attention, "attend")):
+        monkeypatch.setattr(module, name, partial(getattr(module, name), interpret=True))
+    two = lambda platform, op, rows: iter([Tiles(16, 128, 256), Tiles(16, 256, 128)])
+    monkeypatch.setattr(tune, "candidates", two)
+
+
+def test_what_was_tuned_is_found_again(pretended):
+    said = []
+    found = tune.tune_product("q4f16_1", (16, 64), 3, report=said.append)
+    found |= tune.tune_product(None, (2, 16, 32), 5, report=said.append)
+    found |= tune.tune_attend((1, 1, 1, 2, 16, 32), report=said.append)
+    assert len(found) == 3
+    assert len(said) >= 3
+    tiles.store("tpu", found)
+    assert tiles.chosen("matmul", "tpu", dense.key(packed("q4f16_1", 16, 64)), 3) in found.values()
+    assert tiles.chosen("grouped", "tpu", dense.key(tune.weight(None, 2, 16, 32)), 3) in found.values()
+    assert tiles.chosen("attend", "tpu", "bfloat16 h16 S32", 2) in found.values()
+    assert tune.tune_product("nf4", (16, 64), 3, report=said.append) == {}
+    assert "not tuned, it knows" in said[-1]
+
+
+def test_candidates_begin_with_the_default_and_never_repeat():
+    for platform, table in tune.TRIED.items():
+        for op in table:
+            tried = list(tune.candidates(platform, op, 20))
+            assert tried[0] == tiles.chosen(op, platform, "", 20)
+            assert len(set(tried)) == len(tried) > 4
+            assert max(t.rows for t in tried[1:]) <= 32
+
+
+def test_the_benchmark_runs_at_toy_size(monkeypatch):
+    monkeypatch.setattr(accelerator, "checks", lambda *_: [dict(kind="kernel", right=True)])  # as the tests above
+    found = list(accelerator.lines(["toy-moe"], ["q4f16_1"], accelerator.TOY, ["tpu"], True))
+    kinds = [line["kind"] for line in found]
+    assert kinds[:2] == ["peak", "kernel"]
+    assert kinds[2:] == ["decode", "decode", "prefill", "prefill"]
+    assert all(line["share_of_copy"] > 0 for line in found if line["kind"] == "decode")
+
+
+def test_the_benchmark_counts_what_a_step_reads():
+    """Of 4 experts one row visits 2 on average, very many rows all of them."""
+    config = accelerator.MODELS["toy-moe"]
+    params = accelerator.random_params(config, "bf16", jax.random.key(0))
+    every = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) - params["embed"]["w"].nbytes - 64 * 2
+    experts = 2 * 3 * 4 * 32 * 64 * 2
+    assert accelerator.weight_bytes(config, params, 10**6) == every
+    assert accelerator.weight_bytes(config, params, 1) == every - experts / 2
+    assert accelerator.active_weights(config) == 2 * (3 * 2 * 32 * 64 + 4 * 64 + 2 * 64 * 64 + 2 * 32 * 64)
+
+
+def test_a_wrong_kernel_is_a_line_that_says_so():
+    right = accelerator._checked("matmul", "x", jnp.ones((2, 2)), np.ones((2, 2)))
+    wrong = accelerator._checked("matmul", "x", jnp.ones((2, 2)), np.full((2, 2), 1.1))
+    assert (right["right"], wrong["right"]) == (True, False)

@@ -25,6 +25,7 @@ import jax
 from jax import lax
 
 from jaxllm.errors import JaxllmError
+from jaxllm.kernels import tiles
 from jaxllm.quant import QTensor
 
 Array = jax.Array
@@ -68,16 +69,19 @@ def _setting() -> str:
 @functools.cache
 def _absent() -> str | None:
     """Why the devices of this process get no kernels."""
-    if _here() not in PLATFORMS:
+    if present() not in PLATFORMS:
         return "there is no TPU and no NVIDIA GPU here"
     if len(jax.devices()) > 1:
         return "there are several accelerators here, and XLA cannot split a kernel between them"
-    if _here() == "cuda" and importlib.util.find_spec("jax.experimental.pallas.triton") is None:
+    if present() == "cuda" and importlib.util.find_spec("jax.experimental.pallas.triton") is None:
         return f"JAX {jax.__version__} has no Triton backend"
+    if present() == "cuda" and tiles.capability() < 8:
+        return f"Triton needs compute capability 8.0 (Ampere), and this GPU has {tiles.capability()}"
     return None
 
 
-def _here() -> str:
+def present() -> str:
+    """What `lax.platform_dependent` calls the platform of this process's devices."""
     device = jax.devices()[0]
     if device.platform == "gpu":
         return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
@@ -85,7 +89,7 @@ def _here() -> str:
 
 
 def _platforms() -> tuple[str, ...]:
-    return _WANTED.value or (_here(),)
+    return _WANTED.value or (present(),)
 
 
 def refuses_matmul(x: Array, w: Array | QTensor) -> str | None:

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 
 from jaxllm.kernels import coding
 from jaxllm.kernels.coding import Coding
-from jaxllm.kernels.tiles import Tiles, fitted
+from jaxllm.kernels.tiles import Tiles, capability, fitted
 from jaxllm.quant import QTensor
 
 Array = jax.Array
@@ -56,6 +56,8 @@ def fits(w: Array | QTensor, platform: str) -> str | None:
         return f"tiles of a GPU are powers of two, and groups have {c.group} columns"
     if math.prod(w.shape[:-1]) * c.width >= 2**31:
         return "offsets are of 31 bits, and the weight has more elements"
+    if isinstance(w, QTensor) and w.codes.dtype == jnp.float8_e4m3fn and capability() < 8.9:
+        return f"float8_e4m3fn needs compute capability 8.9 (Ada), and this GPU has {capability()}"
     return None
 
 

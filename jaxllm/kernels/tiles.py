@@ -43,7 +43,7 @@ DEFAULTS = {
     },
     "cuda": {
         "matmul": (
-            (16, Tiles(16, 64, 256, split=8, warps=4, stages=4)),
+            (16, Tiles(16, 64, 256, split=4, warps=4, stages=4)),
             (32, Tiles(32, 64, 128, split=4, warps=4, stages=4)),
             (64, Tiles(64, 64, 128, split=2, warps=4, stages=4)),
             (MOST, Tiles(128, 128, 64, warps=8, stages=3)),
@@ -74,6 +74,12 @@ def _kind(platform: str) -> str:
     device = jax.devices()[0]
     here = {"gpu": "cuda"}.get(device.platform, device.platform)
     return device.device_kind if here == platform else platform
+
+
+def capability() -> float:
+    """The compute capability of the NVIDIA GPU at hand; without one infinite: programs are for newer ones then."""
+    value = getattr(jax.devices()[0], "compute_capability", "")
+    return float(value) if value.replace(".", "", 1).isdecimal() else float("inf")
 
 
 def path() -> pathlib.Path:
