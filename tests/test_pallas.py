@@ -47,8 +47,10 @@ KINDS = ["q4f16_1", "q4bf16_1", "q4f32_1", "uint4_g64", "int4", "int8", "int8_g6
 KINDS += ["fp8_e4m3", "fp8_e5m2_tensor", "fp8_e4m3_block", "mxfp4", "mxfp8"]
 
 
-@pytest.mark.parametrize("platform", PLATFORMS)
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    ("name", "platform"),
+    [(name, "tpu") for name in KINDS] + [(name, "cuda") for name in ("q4f16_1", "uint4_g64", "int8", "mxfp8")],
+)
 def test_every_coding_is_multiplied(name, platform):
     """17 rows are more than a tile, 48 out less than one (TPU), 640 columns no multiple of one (TPU)."""
     x, w = normal((17, 640)), packed(name, 48, 640)
@@ -344,7 +346,11 @@ def test_a_stored_choice_is_taken(cache):
     assert tiles.chosen("matmul", "cuda", key, 5) != found
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"tpu": {"a": {"rows": "many"}}}', '{"tpu": {"a": {"depth": 1}}}'])
+NO_TABLES = ["{", "[]", '{"tpu": {"a": {"rows": "many"}}}', '{"tpu": {"a": {"depth": 1}}}']
+NO_TABLES += ['{"tpu": {"a": {"rows": 16, "out": 64, "columns": 96}}}', '{"tpu": {"a": {"rows": 16}}}']
+
+
+@pytest.mark.parametrize("text", NO_TABLES)
 def test_what_is_no_table_of_tiles_is_an_error(cache, text):
     tiles.path().parent.mkdir(parents=True)
     tiles.path().write_text(text)

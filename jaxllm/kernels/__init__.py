@@ -94,17 +94,17 @@ def _platforms() -> tuple[str, ...]:
 
 def refuses_matmul(x: Array, w: Array | QTensor) -> str | None:
     """Why `matmul` does not take x [M, in] and w [out, in]; None where it does, on some platform."""
-    return unavailable() or _refuses_everywhere(_module("dense"), x, w)
+    return unavailable() or _refuses_everywhere("dense", x, w)
 
 
 def matmul(x: Array, w: QTensor, *, otherwise: Callable) -> Array:
     """x [M, in] times packed w [out, in] transposed -> f32 [M, out]. `otherwise(x, w)` serves other platforms."""
-    return _either(_module("dense"), "matmul", (), otherwise, x, w)
+    return _either(_module("dense").matmul, _fitting("dense", x, w), otherwise, x, w)
 
 
 def refuses_grouped_matmul(x: Array, w: Array | QTensor) -> str | None:
     """Why `grouped_matmul` does not take x [R, in] and w [E, out, in]; None where it does, on some platform."""
-    return unavailable() or _refuses_everywhere(_module("grouped"), x, w)
+    return unavailable() or _refuses_everywhere("grouped", x, w)
 
 
 def grouped_matmul(x: Array, w: Array | QTensor, expert: Array, *, otherwise: Callable) -> Array:
@@ -112,18 +112,14 @@ def grouped_matmul(x: Array, w: Array | QTensor, expert: Array, *, otherwise: Ca
 
     `otherwise(x, w, expert)` serves other platforms.
     """
-    return _either(_module("grouped"), "grouped_matmul", (), otherwise, x, w, expert)
+    return _either(_module("grouped").grouped_matmul, _fitting("grouped", x, w), otherwise, x, w, expert)
 
 
 def refuses_attend(q: Array, k: Array, v: Array, bias: Array | None) -> str | None:
     """Why `attend` does not take these; None where it does, on some platform."""
     if reason := unavailable():
         return reason
-    return (
-        "it takes no bias on the scores"
-        if bias is not None
-        else _refuses_everywhere(_module("attention"), q, k, v)
-    )
+    return "it takes no bias on the scores" if bias is not None else _refuses_everywhere("attention", q, k, v)
 
 
 def attend(
@@ -133,8 +129,8 @@ def attend(
 
     sinks [K, G] as in `jaxllm.ops.attention_weights`; `otherwise(q, k, v, mask, sinks)` serves other platforms.
     """
-    numbers = (("scale", scale), ("softcap", softcap))
-    return _either(_module("attention"), "attend", numbers, otherwise, q, k, v, mask, sinks)
+    kernel = functools.partial(_module("attention").attend, scale=scale, softcap=softcap)
+    return _either(kernel, _fitting("attention", q, k, v), otherwise, q, k, v, mask, sinks)
 
 
 def _module(name: str) -> ModuleType:
@@ -142,21 +138,22 @@ def _module(name: str) -> ModuleType:
     return importlib.import_module(f"jaxllm.kernels.{name}")
 
 
-def _refuses_everywhere(module: ModuleType, *args: Array | QTensor) -> str | None:
-    reasons = [module.refuses(*args, platform) for platform in _platforms()]
+def _refuses_everywhere(name: str, *args: Array | QTensor) -> str | None:
+    reasons = [_module(name).refuses(*args, platform) for platform in _platforms()]
     return reasons[0] if all(reasons) else None
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
-def _either(module: ModuleType, name: str, numbers: tuple, otherwise: Callable, *args) -> Array:
-    arrays = args[:3] if name == "attend" else args[:2]
-    fitting = [platform for platform in _platforms() if not module.refuses(*arrays, platform)]
-    kernel = functools.partial(getattr(module, name), **dict(numbers))
-    kernels = {platform: functools.partial(kernel, platform=platform) for platform in fitting}
+def _fitting(name: str, *args: Array | QTensor) -> tuple[str, ...]:
+    return tuple(platform for platform in _platforms() if not _module(name).refuses(*args, platform))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _either(kernel: Callable, platforms: tuple[str, ...], otherwise: Callable, *args) -> Array:
+    kernels = {platform: functools.partial(kernel, platform=platform) for platform in platforms}
     return lax.platform_dependent(*args, **kernels, default=otherwise)
 
 
 @_either.defjvp
-def _either_jvp(module, name, numbers, otherwise, primals, tangents):
+def _either_jvp(kernel, platforms, otherwise, primals, tangents):
     tangent = jax.jvp(otherwise, primals, tangents)[1]
-    return _either(module, name, numbers, otherwise, *primals), tangent
+    return _either(kernel, platforms, otherwise, *primals), tangent

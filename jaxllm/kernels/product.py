@@ -38,7 +38,7 @@ def product(
 ) -> Array:
     """Rows x [I * rows, in], of which block i belongs to expert owner[i] of w [E, N, in] -> f32 [I * rows, N].
 
-    tiles.rows is the size of a block; owner i32 [I], used i32 [1]: blocks from there on are left undefined.
+    tiles.rows is the size of a block; owner i32 [I], used i32 [1]: blocks from there on are zeros.
     """
     c, parts = coding.coding(w), coding.operands(w)
     call = {"tpu": _on_tpu, "cuda": _on_gpu}[platform]
@@ -68,7 +68,8 @@ def _on_tpu(x: Array, owner: Array, used: Array, parts: dict, c: Coding, tiles: 
     from jax.experimental.pallas import tpu as pltpu
 
     N, width = parts["codes"].shape[1:]
-    out, size = min(tiles.out, N), min(tiles.columns // c.planes, width)
+    columns = min(tiles.columns, 128 * (c.group or tiles.columns))  # the scales of more lie in several registers
+    out, size = min(tiles.out, N), min(columns // c.planes, width)
     grid = (owner.shape[0], pl.cdiv(N, out), pl.cdiv(width, size))
     x = coding.planes(x, c, grid[2] * size)
     spec = pltpu.PrefetchScalarGridSpec(
@@ -76,7 +77,7 @@ def _on_tpu(x: Array, owner: Array, used: Array, parts: dict, c: Coding, tiles: 
         grid=grid,
         in_specs=[
             pl.BlockSpec((c.planes, tiles.rows, size), lambda i, j, at, owner, used: (0, i, at)),
-            *(_tpu_spec(name, part.shape, c, out, size) for name, part in parts.items()),
+            *(_tpu_spec(name, c, out, size) for name in parts),
         ],
         out_specs=pl.BlockSpec((tiles.rows, out), lambda i, j, at, owner, used: (i, j)),
         scratch_shapes=[pltpu.VMEM((tiles.rows, out), jnp.float32)],
@@ -91,7 +92,7 @@ def _on_tpu(x: Array, owner: Array, used: Array, parts: dict, c: Coding, tiles: 
     )(owner, used, x, *parts.values())
 
 
-def _tpu_spec(name: str, shape: tuple[int, ...], c: Coding, out: int, size: int) -> pl.BlockSpec:
+def _tpu_spec(name: str, c: Coding, out: int, size: int) -> pl.BlockSpec:
     """The block of a part at grid point i, j, at: lanes come in whole registers of 128, or all of them."""
     if name == "codes":
         return pl.BlockSpec((None, out, size), lambda i, j, at, owner, used: (owner[i], j, at))

@@ -105,13 +105,16 @@ def stored() -> dict[str, dict[str, Tiles]]:
 
 
 def read(values: dict[str, int]) -> Tiles:
-    """Tiles from their fields. Raises ValueError for what is no whole number of a known field."""
+    """Tiles from their fields. Raises ValueError for no whole number, or a size that is no power of two."""
     known = [f.name for f in fields(Tiles)]
     if not isinstance(values, dict) or any(
         n not in known or type(v) is not int or v < 0 for n, v in values.items()
     ):
         raise ValueError(f"tiles are {', '.join(known)}, each a whole number; got {values!r}")
-    return Tiles(**values)
+    made = Tiles(**values)
+    if any(size & (size - 1) for size in (made.rows, made.out, made.columns)) or not made.columns:
+        raise ValueError(f"rows, out and columns of tiles are powers of two; got {values!r}")
+    return made
 
 
 def store(kind: str, found: dict[str, Tiles]) -> pathlib.Path:
