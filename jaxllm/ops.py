@@ -2,7 +2,8 @@
 
 A weight is an array [out, in] or a packed leaf (`QTensor`). What differs between platforms is chosen when
 the program is lowered (`lax.platform_dependent`), so that exporting for another platform keeps its form. On CPU
-the kernels of `jaxllm.native` are taken where they are built; within `portable()` none is.
+the kernels of `jaxllm.native` are taken where they are built, on a TPU or GPU those of `jaxllm.kernels`; within
+`portable()` none is.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxllm import native
+from jaxllm import kernels, native
 from jaxllm.native import packed
 from jaxllm.quant import QTensor, adapted, dequantize, products
 from jaxllm.quant.cache import CacheCodes, expanded, quantized
@@ -36,7 +37,7 @@ BLOCK_ROWS = 32  # rows of one expert multiplied at a time (CPU)
 
 
 def portable() -> AbstractContextManager[None]:
-    """Within it, programs are traced without native kernels: for export to machines that do not have them."""
+    """Within it, programs are traced without kernels of any platform: for export to machines without them."""
     return _PORTABLE(True)
 
 
@@ -64,52 +65,15 @@ def matmul(x: Array, w: Array | QTensor, *, out: jnp.dtype | None = None) -> Arr
     return y.reshape(*x.shape[:-1], w.shape[0])
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _product(x: Array, w: Array, out: jnp.dtype) -> Array:
-    kernel, xla = functools.partial(native.matmul, out=out), functools.partial(_xla_product, out=out)
-    return lax.platform_dependent(x, w, cpu=kernel, default=xla)
-
-
-@functools.partial(_product.defjvp, symbolic_zeros=True)
-def _product_jvp(out, primals, tangents):
-    return _product(*primals, out), _tangent(functools.partial(_xla_product, out=out), primals, tangents)
-
-
-def _tangent(definition: Callable, primals: tuple, tangents: tuple) -> Array:
-    """That of definition(*primals). What does not move is closed over, so that a frozen weight costs nothing."""
-    moves = [not all(map(_is_zero, jax.tree.leaves(t, is_leaf=_is_zero))) for t in tangents]
-
-    def of_moving(*some):
-        some = iter(some)
-        return definition(*(next(some) if m else p for m, p in zip(moves, primals, strict=True)))
-
-    some = [p for m, p in zip(moves, primals, strict=True) if m]
-    filled = [jax.tree.map(_filled, t, is_leaf=_is_zero) for m, t in zip(moves, tangents, strict=True) if m]
-    return jax.jvp(of_moving, some, filled)[1]
-
-
-def _filled(tangent) -> Array | np.ndarray:
-    if not _is_zero(tangent):
-        return tangent
-    zeros = np.zeros if tangent.dtype == jax.dtypes.float0 else jnp.zeros  # float0: of codes, which are integers
-    return zeros(tangent.shape, tangent.dtype)
-
-
-def _is_zero(tangent) -> bool:
-    return isinstance(tangent, jax.custom_derivatives.SymbolicZero)
-
-
-def _xla_product(x: Array, w: Array, out: jnp.dtype) -> Array:
-    dtype = jnp.promote_types(x.dtype, w.dtype)
-    x, w = x.astype(dtype), w.astype(dtype)
-    exact = dtype == jnp.float32
-    y = _dot(x, w) if exact else lax.platform_dependent(x, w, cpu=_dot_padded, default=_dot)
-    return y.astype(out)
-
-
 def _packed_product(x: Array, q: QTensor, out: jnp.dtype) -> Array:
     if q.order is not None:
         x, q = x[:, q.order], replace(q, order=None)
+    if _refused(kernels.refuses_matmul(x, q)):
+        return _packed_here(x, q, out)
+    return kernels.matmul(x, q, otherwise=functools.partial(_packed_here, out=jnp.float32)).astype(out)
+
+
+def _packed_here(x: Array, q: QTensor, out: jnp.dtype) -> Array:
     taken = _refused(packed.refuses(x, q)) is None
     return _packed(x, q, out) if taken else products.matmul(x, q).astype(out)
 
@@ -194,10 +158,15 @@ def grouped_matmul(x: Array, w: Array | QTensor, expert: Array) -> Array:
 
     The work grows with R, not with E. Differentiable in x and w to any order.
     """
-    if isinstance(w, QTensor):
-        taken = w.order is None and _refused(packed.refuses(x, w)) is None
-        return _packed_grouped(x, w, expert) if taken else _xla_packed_grouped(x, w, expert)
-    return _grouped(x, w.astype(x.dtype), expert)
+    w, definition = (w, _grouped_packed) if isinstance(w, QTensor) else (w.astype(x.dtype), _grouped)
+    if _refused(kernels.refuses_grouped_matmul(x, w)):
+        return definition(x, w, expert)
+    return kernels.grouped_matmul(x, w, expert, otherwise=definition)
+
+
+def _grouped_packed(x: Array, q: QTensor, expert: Array) -> Array:
+    taken = q.order is None and _refused(packed.refuses(x, q)) is None
+    return (_packed_grouped if taken else _xla_packed_grouped)(x, q, expert)
 
 
 def _xla_packed_grouped(x: Array, q: QTensor, expert: Array) -> Array:
@@ -402,6 +371,16 @@ def attend(
 
     The other arguments as in `attention_weights`.
     """
+    if _refused(kernels.refuses_attend(q, k, v, scoring.get("bias"))):
+        return _attend_here(q, k, v, mask, sinks=sinks, **scoring)
+    numbers = dict(scale=scoring["scale"], softcap=scoring.get("softcap"))
+    otherwise = lambda q, k, v, mask, sinks: _attend_here(q, k, v, mask, sinks=sinks, **numbers)
+    return kernels.attend(q, expanded(k), expanded(v), mask, sinks, **numbers, otherwise=otherwise)
+
+
+def _attend_here(
+    q: Array, k: Array | CacheCodes, v: Array | CacheCodes, mask: Array, *, sinks: Array | None, **scoring
+) -> Array:
     if _held(k) != _held(v) or _refused(native.refuses_attend(q, k, v)):
         return _xla_attend(q, k, v, mask, sinks=sinks, **scoring)
     extras = (sinks, scoring.get("bias"), scoring.get("slopes"))
