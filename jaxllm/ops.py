@@ -65,6 +65,49 @@ def matmul(x: Array, w: Array | QTensor, *, out: jnp.dtype | None = None) -> Arr
     return y.reshape(*x.shape[:-1], w.shape[0])
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _product(x: Array, w: Array, out: jnp.dtype) -> Array:
+    kernel, xla = functools.partial(native.matmul, out=out), functools.partial(_xla_product, out=out)
+    return lax.platform_dependent(x, w, cpu=kernel, default=xla)
+
+
+@functools.partial(_product.defjvp, symbolic_zeros=True)
+def _product_jvp(out, primals, tangents):
+    return _product(*primals, out), _tangent(functools.partial(_xla_product, out=out), primals, tangents)
+
+
+def _tangent(definition: Callable, primals: tuple, tangents: tuple) -> Array:
+    """That of definition(*primals). What does not move is closed over, so that a frozen weight costs nothing."""
+    moves = [not all(map(_is_zero, jax.tree.leaves(t, is_leaf=_is_zero))) for t in tangents]
+
+    def of_moving(*some):
+        some = iter(some)
+        return definition(*(next(some) if m else p for m, p in zip(moves, primals, strict=True)))
+
+    some = [p for m, p in zip(moves, primals, strict=True) if m]
+    filled = [jax.tree.map(_filled, t, is_leaf=_is_zero) for m, t in zip(moves, tangents, strict=True) if m]
+    return jax.jvp(of_moving, some, filled)[1]
+
+
+def _filled(tangent) -> Array | np.ndarray:
+    if not _is_zero(tangent):
+        return tangent
+    zeros = np.zeros if tangent.dtype == jax.dtypes.float0 else jnp.zeros  # float0: of codes, which are integers
+    return zeros(tangent.shape, tangent.dtype)
+
+
+def _is_zero(tangent) -> bool:
+    return isinstance(tangent, jax.custom_derivatives.SymbolicZero)
+
+
+def _xla_product(x: Array, w: Array, out: jnp.dtype) -> Array:
+    dtype = jnp.promote_types(x.dtype, w.dtype)
+    x, w = x.astype(dtype), w.astype(dtype)
+    exact = dtype == jnp.float32
+    y = _dot(x, w) if exact else lax.platform_dependent(x, w, cpu=_dot_padded, default=_dot)
+    return y.astype(out)
+
+
 def _packed_product(x: Array, q: QTensor, out: jnp.dtype) -> Array:
     if q.order is not None:
         x, q = x[:, q.order], replace(q, order=None)
