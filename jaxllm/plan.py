@@ -16,6 +16,7 @@ from jaxllm.config import MLA, Attention, Block, ModelConfig, MoE, params_shape
 from jaxllm.decode import PREFILL_CHUNK
 from jaxllm.errors import ConfigError
 from jaxllm.model import DTYPES
+from jaxllm.native.packed import refuses_format
 from jaxllm.ops import BLOCK_ROWS, FEW_ROWS
 from jaxllm.quant.cache import CacheCodes
 from jaxllm.quant.encode import encode
@@ -74,9 +75,9 @@ def plan(
     of the layers' needs, which are the mixer's arrays (queries, keys, values, output; scores and probabilities
     f32 [B, H, C, S] where no native kernel is in use; the layer's cache once more, laid out for the products) or
     the feed-forward's (three [B, C, F]); for every layer what its loops hold (routed experts, recurrences,
-    products of packed matrices), for XLA shares no loop's buffers between layers; and a block of a packed matrix
-    in f32. For chunks of 32 tokens and more in float32 on CPU it is 0.9 to 1.7 times what XLA
-    allots; bfloat16 takes about twice as much there, because XLA for CPU widens it to float32.
+    products of packed matrices without a kernel), for XLA shares no loop's buffers between layers; and what a
+    product with a packed matrix needs. For chunks of 32 tokens and more in float32 on CPU it is 0.9 to 1.7 times
+    what XLA allots; bfloat16 takes about twice as much there, because XLA for CPU widens it to float32.
 
     Raises ConfigError for an unknown dtype or format, a rule that decides about nothing, or a format whose own
     dtype is another than the one given; ContextError where the context is too long for the model.
@@ -227,14 +228,19 @@ def _moe(m: MoE, rows: int, width: int, item: int) -> tuple[int, int]:
 
 
 def _expanded(shapes: Shapes, formats: Formats, rows: int) -> int:
-    """Packed matrices: a block of the largest in f32 beside its codes, and all layers' products, made in loops.
+    """What products with packed matrices need beside x and y.
 
-    Small matrices are expanded whole, those of all layers at once."""
-    packed = [shapes[p] for p, f in formats.items() if f and f.name not in UNQUANTIZED and p != "embed.w"]
-    sizes = [shape[-2] * shape[-1] for shape in packed]
+    The kernel takes x once more, in 16 bits and with a scale for each block. XLA expands a block of the largest
+    matrix in f32 beside its codes, and makes all layers' products in loops; small matrices it expands whole, those
+    of all layers at once."""
+    packed = [(shapes[p], f) for p, f in formats.items() if f and f.name not in UNQUANTIZED and p != "embed.w"]
+    columns = [shape[-1] for shape, f in packed if refuses_format(f) is None]
+    loops = [shape for shape, f in packed if refuses_format(f) is not None]
+    sizes = [shape[-2] * shape[-1] for shape in loops]
     small = sum(4 * size for size in sizes if size <= SMALL_WEIGHTS)
-    products = sum(4 * rows * shape[-2] for shape, size in zip(packed, sizes, strict=True) if size > SMALL_WEIGHTS)
-    return small + products + 5 * min(max(sizes, default=0) // 2, BLOCK_WEIGHTS)
+    products = sum(4 * rows * shape[-2] for shape, size in zip(loops, sizes, strict=True) if size > SMALL_WEIGHTS)
+    kernel = 5 * rows * max(columns, default=0) // 2
+    return kernel + small + products + 5 * min(max(sizes, default=0) // 2, BLOCK_WEIGHTS)
 
 
 def _bytes(cache: KV | Latent | Recurrent) -> int:

@@ -165,25 +165,31 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 """
 
 
-def resident(folder, batch, context):
+def resident(folder, kernels, batch, context):
     """Bytes: the most that a process holds while it generates, compilation left out."""
     command = [sys.executable, "-c", CHILD, str(folder), str(batch), str(context)]
     # What is freed goes back to the system at once, where glibc would keep it for later.
     given_back = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "131072")
-    env = os.environ | given_back | {"MALLOC_ARENA_MAX": "1", "JAXLLM_NATIVE": "off"}
+    env = os.environ | given_back | {"MALLOC_ARENA_MAX": "1", "JAXLLM_NATIVE": kernels}
     run = subprocess.run(command, capture_output=True, text=True, env=env)
     assert run.returncode == 0, run.stderr
     return 1024 * int(run.stdout)
 
 
-@pytest.mark.parametrize(("format", "share"), [("q0bf16", 0.05), ("q8f16_1", 0.1)])
-def test_plan_is_near_what_a_process_takes(format, share, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("format", "kernels", "share"),
+    [("q0bf16", "off", 0.05), ("q8f16_1", "off", 0.1), ("q8f16_1", "on", 0.05), ("q4f16_1", "on", 0.05)],
+)
+def test_plan_is_near_what_a_process_takes(format, kernels, share, tmp_path, monkeypatch):
     """Most resident memory while a second generation runs (context 2048, chunks of 32), over that of the same
     process with a tenth of the parameters and as many layers: so Python, jax and programs are not counted;
-    parameters, caches and temporaries are. Of packed weights the temporaries are an upper bound."""
+    parameters, caches and temporaries are. XLA's temporaries with packed weights are an upper bound."""
     if not sys.platform.startswith("linux") or jax.default_backend() != "cpu":
         pytest.skip("resident memory is read from /proc")
-    monkeypatch.setattr(native, "unavailable", lambda: "it is off")  # as it is in the processes
+    if kernels == "off":
+        monkeypatch.setattr(native, "unavailable", lambda: "it is off")  # as it is in the processes
+    elif reason := native.unavailable():
+        pytest.skip(f"no native kernels: {reason}")
     room, folders = dict(batch=1, context=2048), {}
     for name, sizes in (("big", BIG), ("small", SMALL)):
         folders[name] = random_folder(tmp_path / name, sizes, format)
@@ -191,7 +197,7 @@ def test_plan_is_near_what_a_process_takes(format, share, tmp_path, monkeypatch)
         name: plan(config_of(values_of(**sizes)), **room, chunk=32, format=format).total_bytes
         for name, sizes in (("big", BIG), ("small", SMALL))
     }
-    taken = resident(folders["big"], **room) - resident(folders["small"], **room)
+    taken = resident(folders["big"], kernels, **room) - resident(folders["small"], kernels, **room)
     assert taken == pytest.approx(needs["big"] - needs["small"], rel=share)
 
 

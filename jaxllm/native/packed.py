@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxllm import native
 from jaxllm.quant import QTensor
-from jaxllm.quant.formats import LEVELS
+from jaxllm.quant.formats import LEVELS, Format
 from jaxllm.quant.qtensor import PLANES
 
 Array = jax.Array
@@ -20,18 +20,22 @@ MOST = 2047  # of a level in a table: 32 times it times an activation of 16 bits
 WHOLE = {"e2m1": 2, "iq4": 1}  # what levels are multiplied by to be whole numbers; others take two tables
 
 
-def refuses(x: Array, q: QTensor) -> str | None:
-    """Why `matmul` does not take x [m, in] and q [out, in] (`grouped`: [experts, out, in]); None where it does."""
-    f = q.format
+def refuses_format(f: Format) -> str | None:
+    """Why no weight in a format is taken; None where those that `encode` makes are."""
     if f.activations:
         return f"{f.name} rounds activations in its own way"
     if f.levels != "int" and (f.bits != 4 or f.levels not in LEVELS):
         return f"it has whole numbers and tables of 16 levels, not the {f.levels} of {f.name}"
+    if f.group is not None and f.group % BLOCK:
+        return f"it takes groups of a multiple of {BLOCK} columns, not {f.group}"
+    return native.unavailable()
+
+
+def refuses(x: Array, q: QTensor) -> str | None:
+    """Why `matmul` does not take x [m, in] and q [out, in] (`grouped`: [experts, out, in]); None where it does."""
     if x.dtype not in native.FLOATS:
         return f"it takes float32, bfloat16 and float16 activations, not {x.dtype}"
-    if reason := _refuses_numbers(q):
-        return reason
-    return native.unavailable()
+    return refuses_format(q.format) or _refuses_numbers(q)
 
 
 def _refuses_numbers(q: QTensor) -> str | None:
