@@ -484,9 +484,11 @@ def test_a_closed_pipe_is_silent(tiny):
 
 def test_an_interrupt_leaves_no_traceback(tiny):
     argv = ("generate", "x", "--model", tiny, "--max-new-tokens", 5000, "--overflow", "clear")
-    # Where the tests run in the background of a shell, interrupts are ignored, and children would inherit that.
-    listens = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    with process(*argv, bufsize=0, preexec_fn=listens) as running:
+    # Where the tests run in the background of a shell, interrupts are ignored, and a child would inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    running = process(*argv, bufsize=0)
+    signal.signal(signal.SIGINT, before)
+    with running:
         assert running.stdout.read(1)
         running.send_signal(signal.SIGINT)
         running.stdout.read()
