@@ -219,23 +219,31 @@ void fill(const Packed& p, int64_t n, int64_t rows, const Strip& s) {
 
 // ---- products ----------------------------------------------------------------------------------------------
 
-// What to fetch while a strip is at work: the next one, a line with every word.
+// What to fetch while a strip is at work: the codes and scales of the next one, which lie in a row, a little with
+// every block. They are needed only then, so the L2 cache will do.
 class Next {
  public:
-  Next(const Packed& p, int64_t n) : rows_(n + kLanes), p_(n + 2 * kLanes <= p.n && p.kind != Codes::kFields ? &p : nullptr) {}
+  Next(const Packed& p, int64_t n) {
+    const int64_t row = n + kLanes;
+    if (row + kLanes > p.n) return;
+    codes_ = p.codes + row * p.row_bytes;
+    scales_ = static_cast<const uint8_t*>(p.scale.data) + row * p.scale.count * bytes(p.scale.type);
+    end_ = codes_ + kLanes * p.row_bytes;
+    scales_end_ = scales_ + kLanes * p.scale.count * bytes(p.scale.type);
+    lines_ = (kLanes * p.row_bytes / kLine + up(p.k, p.width) / p.width - 1) / (up(p.k, p.width) / p.width);
+  }
 
-  // The lines that go with `count` words from `word` on, which does not cross a multiple of 16.
-  void some(int64_t word, int64_t count) const {
-    if (p_ == nullptr) return;
-    const uint8_t* line = p_->codes + (rows_ + word % 16) * p_->row_bytes + word / 16 * 64;
-#pragma GCC unroll 8
-    for (int64_t i = 0; i < count; ++i)
-      if (kLanes == 16 || word % 16 + i < kLanes) __builtin_prefetch(line + i * p_->row_bytes, 0, 2);
+  // What goes with a block.
+  void some() {
+    for (int64_t i = 0; i < lines_ && codes_ < end_; ++i, codes_ += kLine) __builtin_prefetch(codes_, 0, 2);
+    if (scales_ < scales_end_) __builtin_prefetch(scales_, 0, 2);
+    scales_ += kLine;
   }
 
  private:
-  int64_t rows_;
-  const Packed* p_;
+  static constexpr int64_t kLine = 64;
+  const uint8_t *codes_ = nullptr, *end_ = nullptr, *scales_ = nullptr, *scales_end_ = nullptr;
+  int64_t lines_ = 0;
 };
 
 // sums + the products of a word's codes with those of x: R rows of 16-bit pairs, `stride` words of 32 bits apart.
@@ -274,13 +282,12 @@ inline void add_block(const C& codes, const Rounded& x, const uint32_t* words, i
 
 // Rows m to m + R of x against a strip.
 template <int R, int Width, typename C>
-inline void add_rows(const Packed& p, const Rounded& x, const Strip& s, int64_t m, const Next& next, V* totals) {
-  constexpr int kWords = Width / 2 / C::kPairs;  // in a block
+inline void add_rows(const Packed& p, const Rounded& x, const Strip& s, int64_t m, Next next, V* totals) {
   const C codes(p);
   const int64_t a_group = p.group / Width;
   for (int i = 0; i < R; ++i) totals[i] = set(0);
   for (int64_t b = 0, g = 0, left = a_group; b < x.blocks; ++b) {
-    next.some(b * kWords, kWords);
+    next.some();
     W sums[R];
     add_block<R, Width>(codes, x, s.words, m, b, sums);
     const V scale = load(s.scale + g * kLanes);
