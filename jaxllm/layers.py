@@ -309,6 +309,8 @@ def _embed(config: ModelConfig, params: dict, tokens, step: Step, state: State, 
         x = x + params["positions"]["w"][row].astype(x.dtype)
     if config.embed_norm:
         x = norm(config.embed_norm, params["embed_norm"], x)
+    # Padding sees nothing, so its zeros mostly stay zeros, which the native products skip.
+    x = jnp.where((step.pos >= 0)[..., None], x, jnp.zeros((), x.dtype))
     if state.capacity is None:
         return x
     fits = state.length + n_new <= state.capacity

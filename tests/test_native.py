@@ -97,6 +97,19 @@ def test_bf16_is_rounded_to_nearest_even(level):
         np.testing.assert_array_equal(got.astype(F32), x.astype(BF16).astype(F32))
 
 
+@pytest.mark.parametrize("dtype", [BF16, F32, F16])
+def test_rows_of_zeros_behind_the_others(level, dtype):
+    """Padding: zeros of either sign give zeros; one number anywhere in the last row counts."""
+    x, w = normal((20, 37), dtype), normal((65, 37), dtype, 1)
+    whole = np.asarray(matmul(x, w, out=F32, most=level))
+    got = matmul(x.at[12:].set(0).at[15].set(-0.0), w, out=F32, most=level)
+    np.testing.assert_array_equal(got[:12], whole[:12])
+    np.testing.assert_array_equal(np.abs(got[12:]), 0)
+    for column in (0, 4, 36):
+        last = jnp.zeros((20, 37), dtype).at[19, column].set(0.5)
+        assert np.asarray(matmul(last, w, out=F32, most=level))[19].any()
+
+
 def test_matmul_of_nothing(built):
     assert matmul(normal((0, 32)), normal((8, 32)), out=F32).shape == (0, 8)
     np.testing.assert_array_equal(matmul(jnp.zeros((3, 0)), jnp.zeros((8, 0)), out=F32), np.zeros((3, 8)))

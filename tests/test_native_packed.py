@@ -132,6 +132,14 @@ def test_what_is_no_number_stays_in_its_row(level):
         assert np.isfinite(got[[0, 1, 5]]).all()
 
 
+def test_rows_of_zeros_behind_the_others(level):
+    x, q = normal((20, 64), BF16), weight("q4f16_1", 33, 64)
+    whole = np.asarray(product(x, q, out=F32, most=level))
+    got = product(x.at[12:].set(0).at[15].set(-0.0), q, out=F32, most=level)
+    np.testing.assert_array_equal(got[:12], whole[:12])
+    np.testing.assert_array_equal(np.abs(got[12:]), 0)
+
+
 def test_nothing(built):
     q = weight("q4f16_1", 8, 32)
     assert product(jnp.zeros((0, 32), BF16), q, out=F32).shape == (0, 8)

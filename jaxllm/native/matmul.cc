@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "cpu.h"
+#include "live.h"
 #include "parallel.h"
 #include "scratch.h"
 
@@ -89,6 +90,14 @@ void on_vectors(const Matmul& a, Level level, Team& team) {
   });
 }
 
+// The product without the rows of zeros behind x; their results are written.
+Matmul without_padding(Matmul a) {
+  const int64_t live = live_rows(a.x, a.m, a.k, bytes(a.x_type));
+  clear_rows(a.y, live, a.m, a.n, bytes(a.y_type));
+  a.m = live;
+  return a;
+}
+
 }  // namespace
 
 bool takes_tiles(const Matmul& a, int most) {
@@ -100,23 +109,21 @@ bool takes_tiles(const Matmul& a, int most) {
 #endif
 }
 
-void matmul(const Matmul& a, int most, Team& team) {
+void matmul(const Matmul& all, int most, Team& team) {
+  const Matmul a = without_padding(all);
   if (a.m == 0 || a.n == 0) return;
-  if (a.k == 0) {
-    std::memset(a.y, 0, static_cast<size_t>(a.m * a.n * bytes(a.y_type)));
-    return;
-  }
 #if defined(__x86_64__)
   if (takes_tiles(a, most)) return on_tiles(a, nullptr, Activation::kSilu, team);
 #endif
   on_vectors(a, level_within(most), team);
 }
 
-void gated(const Matmul& a, const void* up, Activation activation, Team& team) {
+void gated(const Matmul& all, const void* up, Activation activation, Team& team) {
 #if defined(__x86_64__)
+  const Matmul a = without_padding(all);
   if (a.m > 0 && a.n > 0) on_tiles(a, static_cast<const bf16*>(up), activation, team);
 #else
-  (void)a, (void)up, (void)activation, (void)team;
+  (void)all, (void)up, (void)activation, (void)team;
 #endif
 }
 

@@ -1,9 +1,8 @@
 // Dividing a product with packed weights into pieces for the threads.
 #include "packed.h"
 
-#include <cstring>
-
 #include "cpu.h"
+#include "live.h"
 #include "parallel.h"
 #include "scratch.h"
 
@@ -52,12 +51,11 @@ int64_t rows_of_piece(const Packed& p, int64_t strip, const Team& team) {
   return up(strips, kPiecesEach * team.size()) * strip;
 }
 
-void multiply(const Packed& p, const Packed* up_weights, Activation activation, int most, Team& team) {
+void multiply(Packed p, const Packed* up_weights, Activation activation, int most, Team& team) {
+  const int64_t live = live_rows(p.x, p.m, p.k, bytes(p.x_type));
+  clear_rows(p.y, live, p.m, p.n, bytes(p.y_type));
+  p.m = live;
   if (p.m == 0 || p.n == 0) return;
-  if (p.k == 0) {
-    std::memset(p.y, 0, static_cast<size_t>(p.m * p.n) * (p.y_type == Number::kF32 ? 4 : 2));
-    return;
-  }
   const Kernel level = kernel(level_within(most));
   const Rounded x = room(p);
   team.run(up(p.m, 16), [&](int64_t i) {
