@@ -268,6 +268,8 @@ def test_refusals_have_reasons(built):
     assert "rounds activations" in packed.refuses(x, weight("w8a8", 8, 64))
     assert "float8_e4m3fn" in packed.refuses(x, weight("fp8_e4m3", 8, 64))
     assert "multiple of 16" in packed.refuses(x, weight("q3f16_1", 8, 80))
+    far = weight("int4_g32", 8, 64)
+    assert "center" in packed.refuses(x, replace(far, format=replace(far.format, center=1000)))
     assert "float8_e5m2" in packed.refuses(x.astype("float8_e5m2"), weight("int8", 8, 64))
     with ops.portable():
         assert "portable" in ops.explain(x, weight("q4f16_1", 8, 64))

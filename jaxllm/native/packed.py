@@ -26,6 +26,8 @@ def refuses_format(f: Format) -> str | None:
         return f"{f.name} rounds activations in its own way"
     if f.levels != "int" and (f.bits != 4 or f.levels not in LEVELS):
         return f"it has whole numbers and tables of 16 levels, not the {f.levels} of {f.name}"
+    if f.center > 2**f.bits:
+        return f"its sums are of codes near their center, and that of {f.name} is {f.center}"
     if f.group is not None and f.group % BLOCK:
         return f"it takes groups of a multiple of {BLOCK} columns, not {f.group}"
     return native.unavailable()
