@@ -105,7 +105,7 @@ def test_rows_of_zeros_behind_the_others(level, dtype):
     got = matmul(x.at[12:].set(0).at[15].set(-0.0), w, out=F32, most=level)
     np.testing.assert_array_equal(got[:12], whole[:12])
     np.testing.assert_array_equal(np.abs(got[12:]), 0)
-    for column in (0, 4, 36):
+    for column in (0, 3, 5, 7, 36):
         last = jnp.zeros((20, 37), dtype).at[19, column].set(0.5)
         assert np.asarray(matmul(last, w, out=F32, most=level))[19].any()
 

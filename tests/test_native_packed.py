@@ -15,7 +15,7 @@ from jaxllm.quant.formats import Format
 from jaxllm.quant.qtensor import PLANES
 
 F32, BF16, F16 = jnp.float32, jnp.bfloat16, jnp.float16
-ROUNDING = {F32: 2.0**-30, BF16: 2.0**-16, F16: 2.0**-16}  # of the largest activation in a block
+ROUNDING = {F32: 2.0**-30, BF16: 2.0**-15, F16: 2.0**-15}  # of the largest activation in a block
 
 # Beside the table's own formats, what checkpoints bring: scales of scales, offsets, groups of 16.
 MADE = {
@@ -86,6 +86,14 @@ def test_it_is_the_product_of_the_values(level, name):
         w = values(q)
         got = np.asarray(product(x, q, out=F32, most=level), np.float64)
         assert (np.abs(got - np.asarray(x, np.float64) @ w.T) <= allowed(x, w, dtype)).all()
+
+
+def test_fifteen_bits_of_an_activation_count(level):
+    """What is a multiple of 2^-15 of the largest, or of the next power of two, is taken as it is."""
+    x = jnp.asarray([[2047, 0.0625, -3.1875] + [0] * 29], F16)
+    q = replace(weight("int8", 4, 32), scale=jnp.ones((4, 1), F32))
+    exact = np.asarray(x, np.float64) @ values(q).T
+    np.testing.assert_array_equal(product(x, q, out=F32, most=level), exact)
 
 
 @pytest.mark.parametrize("name", ["q4f16_1", "int8_g128", "q6_k"])

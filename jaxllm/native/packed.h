@@ -3,7 +3,7 @@
 // Activations are taken 32 (or 16) at a time as whole numbers of 16 bits times a power of two, so that the sum of a block
 // is a whole number: exact, in whatever order an instruction set adds it. The blocks' sums are then scaled and
 // added from left to right in f32. So a row's bits depend on k and the format alone, as in matmul.h, and the error
-// beyond the format's own is 2^-16 of the largest activation of each block. A row of f32 is taken as two: its
+// beyond the format's own is at most 2^-15 of the largest activation of each block. A row of f32 is taken as two: its
 // whole numbers, and those of what they lack.
 #pragma once
 

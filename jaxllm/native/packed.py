@@ -59,9 +59,9 @@ def _group(q: QTensor) -> int:
 def matmul(x: Array, q: QTensor, out: jnp.dtype, *, most: str | None = None, threads: int | None = None) -> Array:
     """x [m, in] times q [out, in] transposed -> [m, out] in `out`. q has no order: it is x's columns by then.
 
-    Activations are rounded to 16 bits in blocks of 32 or 16 (at most 2^-16 of the largest in the block; of float32
-    what that lacks is taken too), summed exactly, scaled and added in f32 from left to right: a row's bits do not
-    depend on the other rows, nor on the threads. A block with an activation that is not finite makes NaN.
+    Activations are rounded to 16 bits in blocks of 32 or 16 (by at most 2^-15 of the largest in the block; of
+    float32 what that lacks is taken too), summed exactly, scaled and added in f32 from left to right: a row's bits
+    do not depend on the other rows, nor on the threads. A block with an activation that is not finite makes NaN.
     most: the highest of native.LEVELS to use.
     """
     return _call(x, jnp.zeros(0, jnp.int32), jax.tree.map(lambda part: part[None], q), out, most, threads)
