@@ -44,6 +44,41 @@ static inline V numbers(const Numbers& t, int64_t i, int64_t count) {
   return load(wide);
 }
 
+// to [4, kLanes] = four numbers of 16 bits of each of kLanes rows, turned round.
+#if defined(__AVX512F__)
+template <typename T>
+static inline void turn_four(const uint16_t* from, int64_t row, float* to) {
+  __m128i pairs[8];  // of rows
+  for (int i = 0; i < 8; ++i) {
+    const __m128i even = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + 2 * i * row));
+    pairs[i] = _mm_castpd_si128(
+        _mm_loadh_pd(_mm_castsi128_pd(even), reinterpret_cast<const double*>(from + (2 * i + 1) * row)));
+  }
+  __m256i fours[4];
+  for (int i = 0; i < 4; ++i) fours[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(pairs[2 * i]), pairs[2 * i + 1], 1);
+  const __m512i low = _mm512_inserti64x4(_mm512_castsi256_si512(fours[0]), fours[1], 1);
+  const __m512i high = _mm512_inserti64x4(_mm512_castsi256_si512(fours[2]), fours[3], 1);
+  const __m512i first = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 60, 56, 52, 48, 44, 40, 36, 32,
+                                         28, 24, 20, 16, 12, 8, 4, 0);
+  for (int i = 0; i < 4; ++i) {
+    const __m512i at = _mm512_add_epi16(first, _mm512_set1_epi16(static_cast<int16_t>(i)));
+    uint16_t column[32];
+    _mm512_storeu_si512(column, _mm512_permutex2var_epi16(low, at, high));
+    store(to + i * kLanes, load(reinterpret_cast<const T*>(column)));
+  }
+}
+#else
+template <typename T>
+static inline void turn_four(const uint16_t* from, int64_t row, float* to) {
+  for (int64_t i = 0; i < kLanes; ++i)
+    for (int j = 0; j < 4; ++j) {
+      T one;
+      std::memcpy(&one, from + i * row + j, sizeof one);
+      to[j * kLanes + i] = widened(one);
+    }
+}
+#endif
+
 template <typename T>
 static inline void write(T* to, V v, int64_t count) {
   if (count >= kLanes) return store(to, v);

@@ -8,6 +8,9 @@ namespace jaxllm::JAXLLM_LEVEL {
 #if defined(__AVX512F__)
 
 static inline W set_int(int32_t i) { return _mm512_set1_epi32(i); }
+static inline W load_bytes(const uint8_t* p, int64_t n) {  // zeros after n of them
+  return _mm512_maskz_loadu_epi8(n >= 64 ? ~0ull : n <= 0 ? 0 : (1ull << n) - 1, p);
+}
 static inline W both(W a, W b) { return _mm512_and_si512(a, b); }
 static inline W either(W a, W b) { return _mm512_xor_si512(a, b); }
 static inline W plus(W a, W b) { return _mm512_add_epi32(a, b); }
@@ -19,6 +22,19 @@ static inline void store(uint32_t* p, W a) { _mm512_storeu_si512(p, a); }
 // sums + a * b, the products of both halves of a lane added to it
 static inline W dot(W sums, W a, W b) { return _mm512_dpwssd_epi32(sums, a, b); }
 static inline V as_float(W a) { return _mm512_cvtepi32_ps(a); }
+// Lane i of four lanes of the result: the sum of r[i]'s four.
+static inline W add_fours(const W (&r)[4]) {
+  const W ab = plus(_mm512_unpacklo_epi32(r[0], r[1]), _mm512_unpackhi_epi32(r[0], r[1]));
+  const W cd = plus(_mm512_unpacklo_epi32(r[2], r[3]), _mm512_unpackhi_epi32(r[2], r[3]));
+  return plus(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+}
+// Four lanes j of r[i] become four lanes i of r[j].
+static inline void turn_fours(W (&r)[4]) {
+  const W a = _mm512_shuffle_i32x4(r[0], r[1], 0x44), b = _mm512_shuffle_i32x4(r[0], r[1], 0xee);
+  const W c = _mm512_shuffle_i32x4(r[2], r[3], 0x44), d = _mm512_shuffle_i32x4(r[2], r[3], 0xee);
+  r[0] = _mm512_shuffle_i32x4(a, c, 0x88), r[1] = _mm512_shuffle_i32x4(a, c, 0xdd);
+  r[2] = _mm512_shuffle_i32x4(b, d, 0x88), r[3] = _mm512_shuffle_i32x4(b, d, 0xdd);
+}
 
 class Table {
  public:
@@ -46,6 +62,15 @@ static inline W right(W a) {
 static inline void store(uint32_t* p, W a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
 static inline W dot(W sums, W a, W b) { return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b)); }
 static inline V as_float(W a) { return _mm256_cvtepi32_ps(a); }
+static inline W add_fours(const W (&r)[4]) {
+  const W ab = plus(_mm256_unpacklo_epi32(r[0], r[1]), _mm256_unpackhi_epi32(r[0], r[1]));
+  const W cd = plus(_mm256_unpacklo_epi32(r[2], r[3]), _mm256_unpackhi_epi32(r[2], r[3]));
+  return plus(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
+}
+static inline void turn_fours(W (&r)[2]) {
+  const W a = r[0];
+  r[0] = _mm256_permute2x128_si256(a, r[1], 0x20), r[1] = _mm256_permute2x128_si256(a, r[1], 0x31);
+}
 
 class Table {
  public:
@@ -87,6 +112,12 @@ static inline W dot(W sums, W a, W b) {
   return sums + reinterpret_cast<W>(upper(a) * upper(b) + lower(a) * lower(b));
 }
 static inline V as_float(W a) { return __builtin_convertvector(reinterpret_cast<I>(a), V); }
+static inline W add_fours(const W (&r)[4]) {
+  W sums;
+  for (int i = 0; i < 4; ++i) sums[i] = (r[i][0] + r[i][2]) + (r[i][1] + r[i][3]);
+  return sums;
+}
+static inline void turn_fours(W (&)[1]) {}
 
 class Table {
  public:
@@ -105,6 +136,14 @@ class Table {
   uint16_t values_[16];
 };
 
+#endif
+
+#if !defined(__AVX512F__)
+static inline W load_bytes(const uint8_t* p, int64_t n) {
+  uint32_t some[kLanes] = {};
+  if (n > 0) std::memcpy(some, p, static_cast<size_t>(n < 4 * kLanes ? n : 4 * kLanes));
+  return load(some);
+}
 #endif
 
 }  // namespace jaxllm::JAXLLM_LEVEL

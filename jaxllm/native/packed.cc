@@ -11,6 +11,7 @@ namespace {
 
 constexpr int64_t kAloneBytes = 1 << 16;  // of codes: fewer are not worth waking a thread for a row or two
 constexpr int64_t kPiecesEach = 4;        // pieces a thread, so that a late one holds up little
+constexpr int64_t kFew = 2;               // rows of x: for more it pays to turn strips of weights round
 constexpr int64_t kMostRows = 128;        // of x in a piece: with their sums they stay in the L2 cache
 
 int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -18,6 +19,8 @@ int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 struct Kernel {
   int64_t strip;
+  bool (*takes_few)(const Packed&);
+  int64_t (*pairs)(const Packed&, bool);
   void (*round_row)(const Packed&, int64_t, const Rounded&);
   int64_t (*strip_bytes)(const Packed&);
   void (*packed)(const Packed&, const Packed*, Activation, const Rounded&, int64_t, int64_t, int64_t, int64_t, void*);
@@ -25,20 +28,21 @@ struct Kernel {
 
 Kernel kernel(Level level) {
 #if defined(__x86_64__)
-  if (level >= Level::kAvx512) return {avx512::kStripRows, avx512::round_row, avx512::strip_bytes, avx512::packed};
-  if (level >= Level::kAvx2) return {avx2::kStripRows, avx2::round_row, avx2::strip_bytes, avx2::packed};
+  if (level >= Level::kAvx512) return {avx512::kStripRows, avx512::takes_few, avx512::pairs, avx512::round_row, avx512::strip_bytes, avx512::packed};
+  if (level >= Level::kAvx2) return {avx2::kStripRows, avx2::takes_few, avx2::pairs, avx2::round_row, avx2::strip_bytes, avx2::packed};
 #endif
   (void)level;
-  return {portable::kStripRows, portable::round_row, portable::strip_bytes, portable::packed};
+  return {portable::kStripRows, portable::takes_few, portable::pairs, portable::round_row, portable::strip_bytes, portable::packed};
 }
 
-Rounded room(const Packed& p) {
+Rounded room(const Packed& p, const Kernel& level) {
   static thread_local Scratch memory;
   Rounded x{};
   x.blocks = up(p.k, p.width), x.parts = p.x_type == Number::kF32 ? 2 : 1;
-  const int64_t count = p.m * x.parts * x.blocks;
-  x.values = memory.get<int16_t>(count * (p.width + 6));
-  x.scale = reinterpret_cast<float*>(x.values + count * p.width);
+  x.few = p.m * x.parts <= kFew && level.takes_few(p), x.row = level.pairs(p, x.few);
+  const int64_t rows = p.m * x.parts, count = rows * x.blocks;
+  x.values = memory.get<int32_t>(rows * x.row + 3 * count);
+  x.scale = reinterpret_cast<float*>(x.values + rows * x.row);
   x.sum = x.scale + count;
   x.start = reinterpret_cast<int32_t*>(x.sum + count);
   return x;
@@ -57,7 +61,7 @@ void multiply(Packed p, const Packed* up_weights, Activation activation, int mos
   p.m = live;
   if (p.m == 0 || p.n == 0) return;
   const Kernel level = kernel(level_within(most));
-  const Rounded x = room(p);
+  const Rounded x = room(p, level);
   team.run(up(p.m, 16), [&](int64_t i) {
     for (int64_t row = 16 * i; row < least(16 * (i + 1), p.m); ++row) level.round_row(p, row, x);
   });

@@ -43,13 +43,15 @@ struct Packed {
   Numbers scale, super_scale, zero, offset, super_offset;
 };
 
-// x as the kernels read it: `values` [m * parts, blocks, width] in the order in which codes leave a word, and for
-// each block its scale, its sum, and minus the center times its sum.
+// x as the kernels read it: `values` [m * parts, row], pairs of 16 bits in the order in which codes leave a word, and
+// for each block its scale, its sum, and minus the center times its sum. Of few rows the pairs that meet neighbouring
+// words lie side by side: [words / lanes, pairs of a word, lanes]; else a word's pairs do: [words, pairs].
 struct Rounded {
-  int16_t* values;
+  int32_t* values;
   float *scale, *sum;
   int32_t* start;
-  int64_t blocks, parts;
+  int64_t row, blocks, parts;
+  bool few;
 };
 
 class Team;
@@ -63,6 +65,8 @@ void packed_gated(const Packed& p, const Packed& up, Activation activation, int 
 #define JAXLLM_PACKED_LEVEL(level)                                                            \
   namespace level {                                                                           \
   extern const int64_t kStripRows; /* rows of weights taken together */                       \
+  bool takes_few(const Packed& p);       /* rows may lie as `few` has them */                  \
+  int64_t pairs(const Packed& p, bool few); /* of a row of x */                               \
   void round_row(const Packed& p, int64_t row, const Rounded& x);                             \
   int64_t strip_bytes(const Packed& p); /* of working memory */                               \
   void packed(const Packed& p, const Packed* up, Activation activation, const Rounded& x, int64_t m0, int64_t m1, \

@@ -8,7 +8,7 @@
 namespace jaxllm::JAXLLM_LEVEL {
 namespace {
 
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t up(int64_t a, int64_t unit) { return (a + unit - 1) / unit * unit; }
 
 constexpr int64_t kMostWidth = 32;
@@ -30,15 +30,25 @@ constexpr int64_t place(bool bytes, int64_t i) {
 }
 
 template <bool kBytes>
-void put_in_place(const uint32_t* bits, int64_t width, int16_t* to) {
-  for (; width > 0; width -= 8, bits += 8, to += 8) {
+void put_in_place(const uint32_t* bits, int64_t width, int32_t* to) {
+  for (; width > 0; width -= 8, bits += 8, to += 4) {
+    int16_t pairs[8];
 #pragma GCC unroll 8
-    for (int64_t i = 0; i < 8; ++i) to[place(kBytes, i)] = static_cast<int16_t>(bits[i]);
+    for (int64_t i = 0; i < 8; ++i) pairs[place(kBytes, i)] = static_cast<int16_t>(bits[i]);
+    std::memcpy(to, pairs, sizeof pairs);
+  }
+}
+
+// Block b, `each` pairs a word, into a row as `few` has it.
+void put_in_lanes(const int32_t* block, int64_t count, int64_t each, int64_t b, int32_t* row) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t word = (b * count + i) / each;
+    row[(word / kLanes * each + i % each) * kLanes + word % kLanes] = block[i];
   }
 }
 
 // Whole numbers of 16 bits in `to`, what they lack in `values`.
-void round_block(float* values, int64_t width, bool bytes, int16_t* to, float* unit, float* sum) {
+void round_block(float* values, int64_t width, bool bytes, int32_t* to, float* unit, float* sum) {
   V most = set(0), odd = set(0);
   for (int64_t i = 0; i < width; i += kLanes) {
     const V v = load(values + i);
@@ -47,7 +57,7 @@ void round_block(float* values, int64_t width, bool bytes, int16_t* to, float* u
   }
   *unit = same(odd, set(0)) ? unit_of(highest(most)) : of_e8m0(255);
   *sum = 0;
-  if (*unit != *unit) return std::fill(to, to + width, int16_t{0});
+  if (*unit != *unit) return std::fill(to, to + width / 2, 0);
   const V size = set(*unit), inverse = set(1 / *unit), shift = set(12582912.0f);  // 1.5 * 2^23
   uint32_t bits[kMostWidth];
   V total = set(0);
@@ -68,6 +78,7 @@ void round_block(float* values, int64_t width, bool bytes, int16_t* to, float* u
 struct Nibbles {
   static constexpr int kPairs = 4;  // pairs of codes in a word
   explicit Nibbles(const Packed&) {}
+  W word(W w) const { return w; }  // as it lies in memory, made unsigned
   template <int J>
   W pair(W w) const {
     return both(right<4 * J>(w), set_int(0x000f000f));
@@ -77,6 +88,7 @@ struct Nibbles {
 struct Looked {
   static constexpr int kPairs = 4;
   explicit Looked(const Packed& p) : table_(p.table) {}
+  W word(W w) const { return w; }
   template <int J>
   W pair(W w) const {
     return table_.at(both(right<4 * J>(w), set_int(0x000f000f)));
@@ -86,11 +98,13 @@ struct Looked {
 
 struct Bytes {
   static constexpr int kPairs = 2;
-  explicit Bytes(const Packed&) {}
+  explicit Bytes(const Packed& p) : flip_(set_int(p.kind == Codes::kSigned ? static_cast<int32_t>(0x80808080u) : 0)) {}
+  W word(W w) const { return either(w, flip_); }
   template <int J>
   W pair(W w) const {
     return both(right<8 * J>(w), set_int(0x00ff00ff));
   }
+  W flip_;
 };
 
 bool has_bytes(const Packed& p) { return p.kind != Codes::kNibbles && p.kind != Codes::kTable; }
@@ -159,13 +173,7 @@ Lines lines(const Packed& p, int64_t n, int64_t rows, const Strip& s) {
 }
 
 // Words w to w + kLanes of a row, zeros beyond its end.
-W words_at(const Lines& l, int64_t row, int64_t w) {
-  const int64_t left = l.bytes - 4 * w;
-  if (left >= 4 * kLanes) return load(reinterpret_cast<const uint32_t*>(l.at(row, w)));
-  uint32_t some[kLanes] = {};
-  if (left > 0) std::memcpy(some, l.at(row, w), static_cast<size_t>(left));
-  return load(some);
-}
+W words_at(const Lines& l, int64_t row, int64_t w) { return load_bytes(l.at(row, w), l.bytes - 4 * w); }
 
 // to [lanes, lanes] = row(i) of every lane i, turned round; zeros where there are fewer rows.
 template <typename F>
@@ -195,6 +203,15 @@ void turn_words(const Packed& p, const Lines& l, int64_t rows, uint32_t* words) 
 }
 
 void turn_numbers(const Numbers& t, int64_t n, int64_t rows, float* to) {
+  if (rows == kLanes && t.count >= 4 && (t.type == Number::kBF16 || t.type == Number::kF16)) {
+    const auto* from = static_cast<const uint16_t*>(t.data) + n * t.count;
+    for (int64_t g = 0; g < t.count; g += 4) {  // the last four may come twice in part
+      const int64_t at = least(g, t.count - 4);
+      t.type == Number::kF16 ? turn_four<F16>(from + at, t.count, to + at * kLanes)
+                             : turn_four<Half>(from + at, t.count, to + at * kLanes);
+    }
+    return;
+  }
   for (int64_t g = 0; g < t.count; g += kLanes)
     turn_rows(rows, to + g * kLanes, [&](int64_t i) { return numbers(t, (n + i) * t.count + g, t.count - g); });
 }
@@ -210,11 +227,15 @@ void turn_scaled(const Numbers& t, const Numbers& above, float factor, int64_t n
   }
 }
 
-void fill(const Packed& p, int64_t n, int64_t rows, const Strip& s) {
-  turn_words(p, lines(p, n, rows, s), rows, s.words);
+void fill_numbers(const Packed& p, int64_t n, int64_t rows, const Strip& s) {
   turn_scaled(p.scale, p.super_scale, p.factor, n, rows, s.scale);
   if (s.zero) turn_numbers(p.zero, n, rows, s.zero);
   if (s.offset) turn_scaled(p.offset, p.super_offset, 1, n, rows, s.offset);
+}
+
+void fill(const Packed& p, int64_t n, int64_t rows, const Strip& s) {
+  turn_words(p, lines(p, n, rows, s), rows, s.words);
+  fill_numbers(p, n, rows, s);
 }
 
 // ---- products ----------------------------------------------------------------------------------------------
@@ -249,7 +270,7 @@ class Next {
 // sums + the products of a word's codes with those of x: R rows of 16-bit pairs, `stride` words of 32 bits apart.
 // Few rows have several sums each, for one would wait for itself.
 template <int R, int Sums, typename C, int J = 0>
-inline void add_word(const C& codes, W word, const int32_t* x, int64_t stride, W (&sums)[Sums][R]) {
+__attribute__((always_inline)) inline void add_word(const C& codes, W word, const int32_t* x, int64_t stride, W (&sums)[Sums][R]) {
   if constexpr (J < C::kPairs) {
     const W pair = codes.template pair<J>(word);
 #pragma GCC unroll 8
@@ -260,10 +281,10 @@ inline void add_word(const C& codes, W word, const int32_t* x, int64_t stride, W
 
 // Whole sums of block b for R rows of x.
 template <int R, int Width, typename C>
-inline void add_block(const C& codes, const Rounded& x, const uint32_t* words, int64_t m, int64_t b, W* to) {
+__attribute__((always_inline)) inline void add_block(const C& codes, const Rounded& x, const uint32_t* words, int64_t m, int64_t b, W* to) {
   constexpr int kWords = Width / 2 / C::kPairs, kSums = R < 4 && C::kPairs > 2 ? 4 : R < 4 ? 2 : 1;
-  const int64_t stride = x.blocks * (Width / 2);
-  const auto* values = reinterpret_cast<const int32_t*>(x.values) + m * stride + b * (Width / 2);
+  const int64_t stride = x.row;
+  const int32_t* values = x.values + m * stride + b * (Width / 2);
   W sums[kSums][R];
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
@@ -282,7 +303,7 @@ inline void add_block(const C& codes, const Rounded& x, const uint32_t* words, i
 
 // Rows m to m + R of x against a strip.
 template <int R, int Width, typename C>
-inline void add_rows(const Packed& p, const Rounded& x, const Strip& s, int64_t m, Next next, V* totals) {
+__attribute__((always_inline)) inline void add_rows(const Packed& p, const Rounded& x, const Strip& s, int64_t m, Next next, V* totals) {
   const C codes(p);
   const int64_t a_group = p.group / Width;
   for (int i = 0; i < R; ++i) totals[i] = set(0);
@@ -302,8 +323,9 @@ inline void add_rows(const Packed& p, const Rounded& x, const Strip& s, int64_t 
     }
     if (--left == 0) ++g, left = a_group;
   }
-  for (int i = 0; i + 1 < R && x.parts == 2; i += 2) totals[i] = totals[i] + totals[i + 1];
 }
+
+#include "packed_few.h"
 
 V silu(V x) {
   const V e = exp2(min(x, set(0) - x) * set(1.44269504f));  // of -|x|: nothing overflows
@@ -323,17 +345,41 @@ struct Job {
   Strip strip, up_strip;
 };
 
-// Rows m to m + R of x and n to n + rows of y.
-template <int R, int Width, typename C>
-void some_rows(const Job& job, const Rounded& x, int64_t m, int64_t n, int64_t rows, bool fetch) {
-  V totals[R], other[R];
-  add_rows<R, Width, C>(job.p, x, job.strip, m, Next(job.p, fetch ? n : job.p.n), totals);
-  if (job.up) add_rows<R, Width, C>(*job.up, x, job.up_strip, m, Next(*job.up, fetch ? n : job.p.n), other);
+// What R rows of x from m on give with rows n to n + rows of both weights, to y.
+template <int R>
+void finish(const Job& job, const Rounded& x, int64_t m, int64_t n, int64_t rows, V* totals, V* other) {
   for (int64_t i = 0; i < R; i += x.parts) {
+    if (x.parts == 2 && i + 1 < R) totals[i] = totals[i] + totals[i + 1], other[i] = other[i] + other[i + 1];
     V y = totals[i];
     if (job.up) y = (job.activation == Activation::kSilu ? silu(y) : gelu_tanh(y)) * other[i];
     write(job.p.y, job.p.y_type, (m + i) / x.parts * job.p.n + n, y, rows);
   }
+}
+
+template <int R, int Width, typename C>
+void some_rows(const Job& job, const Rounded& x, int64_t m, int64_t n, int64_t rows, bool fetch) {
+  V totals[R], other[R] = {};
+  add_rows<R, Width, C>(job.p, x, job.strip, m, Next(job.p, fetch ? n : job.p.n), totals);
+  if (job.up) add_rows<R, Width, C>(*job.up, x, job.up_strip, m, Next(*job.up, fetch ? n : job.p.n), other);
+  finish<R>(job, x, m, n, rows, totals, other);
+}
+
+template <int R, int Width, typename C>
+__attribute__((noinline)) void few(const Job& job, const Rounded& x, int64_t n0, int64_t n1) {
+  for (int64_t n = n0; n < n1; n += kLanes) {
+    const int64_t rows = least(kLanes, n1 - n);
+    V totals[R], other[R] = {};
+    add_few<R, Width, C>(job.p, x, job.strip, n, rows, totals);
+    if (job.up) add_few<R, Width, C>(*job.up, x, job.up_strip, n, rows, other);
+    finish<R>(job, x, 0, n, rows, totals, other);
+  }
+}
+
+template <typename C>
+void few(const Job& job, const Rounded& x, int64_t n0, int64_t n1) {
+  const bool one = job.p.m * x.parts == 1;
+  if (job.p.width == 32) return one ? few<1, 32, C>(job, x, n0, n1) : few<2, 32, C>(job, x, n0, n1);
+  if constexpr (words_of_block<16, C>() >= 4) one ? few<1, 16, C>(job, x, n0, n1) : few<2, 16, C>(job, x, n0, n1);
 }
 
 template <int Width, typename C>
@@ -349,6 +395,7 @@ void strip(const Job& job, const Rounded& x, int64_t m0, int64_t m1, int64_t n, 
 
 template <typename C>
 void strips(const Job& job, const Rounded& x, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
+  if (x.few) return few<C>(job, x, n0, n1);
   for (int64_t n = n0; n < n1; n += kLanes) {
     const int64_t rows = least(kLanes, n1 - n);
     fill(job.p, n, rows, job.strip);
@@ -361,15 +408,25 @@ void strips(const Job& job, const Rounded& x, int64_t m0, int64_t m1, int64_t n0
 
 extern const int64_t kStripRows = kLanes;
 
+int64_t pairs(const Packed& p, bool few) {
+  return few ? up(words_of(p), kLanes) * (has_bytes(p) ? 2 : 4) : up(p.k, p.width) / 2;
+}
+
+bool takes_few(const Packed& p) { return p.width == 32 || has_bytes(p); }
+
 void round_row(const Packed& p, int64_t row, const Rounded& x) {
   const Numbers from{p.x, p.x_type, p.k};
+  if (x.few) std::fill(x.values + row * x.parts * x.row, x.values + (row + 1) * x.parts * x.row, 0);
   for (int64_t b = 0; b < x.blocks; ++b) {
     float values[kMostWidth];
     for (int64_t i = 0, k = b * p.width; i < p.width; i += kLanes, k += kLanes)
       store(values + i, k < p.k ? numbers(from, row * p.k + k, p.k - k) : set(0));
     for (int64_t part = 0; part < x.parts; ++part) {
       const int64_t at = (row * x.parts + part) * x.blocks + b;
-      round_block(values, p.width, has_bytes(p), x.values + at * p.width, x.scale + at, x.sum + at);
+      int32_t* to = x.values + (row * x.parts + part) * x.row;
+      int32_t block[kMostWidth / 2];
+      round_block(values, p.width, has_bytes(p), x.few ? block : to + b * (p.width / 2), x.scale + at, x.sum + at);
+      if (x.few) put_in_lanes(block, p.width / 2, has_bytes(p) ? 2 : 4, b, to);
       x.start[at] = static_cast<int32_t>(-p.center * static_cast<int64_t>(x.sum[at]));
     }
   }

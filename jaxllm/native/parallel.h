@@ -1,12 +1,16 @@
 // Sharing work with XLA's own threads.
 #pragma once
 
+#include <array>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <thread>
+#include <utility>
 
 #include "xla/ffi/api/ffi.h"
 
@@ -53,6 +57,76 @@ class Job {
   std::condition_variable all_done_;
 };
 
+// Where helpers wait a little for the next kernel's work when they are done with the last one's: between two kernels
+// of a layer lies less time than a sleep and a wake take. They give way to whoever else wants the core.
+class Seats {
+ public:
+  using Task = std::function<void()>;
+
+  // Gives a task to a helper that waits; false where none does.
+  static bool hand(Task& task) {
+    for (Seat& seat : seats()) {
+      int state = kWaiting;
+      if (seat.state.load(std::memory_order_relaxed) != kWaiting ||
+          !seat.state.compare_exchange_strong(state, kClaimed, std::memory_order_acquire))
+        continue;
+      seat.task = std::move(task);
+      seat.state.store(kGiven, std::memory_order_release);
+      return true;
+    }
+    return false;
+  }
+
+  // Works at what is handed to it until nothing has been for a while.
+  static void wait() {
+    Seat* seat = take();
+    if (seat == nullptr) return;
+    while (given(*seat)) {
+      Task task = std::move(seat->task);
+      seat->task = nullptr;
+      task();
+      task = nullptr;
+      seat->state.store(kWaiting, std::memory_order_release);
+    }
+  }
+
+ private:
+  static constexpr auto kLinger = std::chrono::microseconds(100);
+  enum State : int { kEmpty, kWaiting, kClaimed, kGiven };
+  struct alignas(64) Seat {
+    std::atomic<int> state{kEmpty};
+    Task task;
+  };
+
+  static std::array<Seat, 64>& seats() {
+    static auto* all = new std::array<Seat, 64>;  // never destroyed: threads outlive main
+    return *all;
+  }
+
+  static Seat* take() {
+    for (Seat& seat : seats()) {
+      int state = kEmpty;
+      if (seat.state.compare_exchange_strong(state, kWaiting, std::memory_order_acq_rel)) return &seat;
+    }
+    return nullptr;
+  }
+
+  // Whether a task came before the time was over; if not, the seat is empty.
+  static bool given(Seat& seat) {
+    const auto until = std::chrono::steady_clock::now() + kLinger;
+    for (int spin = 1;; ++spin) {
+      int state = seat.state.load(std::memory_order_acquire);
+      if (state == kGiven) return true;
+      pause();
+      if (spin % 16 != 0) continue;
+      std::this_thread::yield();
+      if (state == kWaiting && std::chrono::steady_clock::now() > until &&
+          seat.state.compare_exchange_strong(state, kEmpty, std::memory_order_acq_rel))
+        return false;
+    }
+  }
+};
+
 // The threads a kernel may use: the caller and XLA's pool.
 class Team {
  public:
@@ -73,7 +147,14 @@ class Team {
     }
     auto job = std::make_shared<Job>(pieces);
     // A helper that starts late finds no piece left and never touches `piece`, which may be gone by then.
-    for (int64_t i = 0; i < helpers; ++i) pool_.Schedule([job, &piece] { job->work(piece); });
+    for (int64_t i = 0; i < helpers; ++i) {
+      Seats::Task task = [job, &piece] { job->work(piece); };
+      if (Seats::hand(task)) continue;
+      pool_.Schedule([task] {
+        task();
+        Seats::wait();
+      });
+    }
     job->work(piece);
     job->wait();
   }
