@@ -3,6 +3,7 @@
 #include "panels.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "convert.h"
 #include "gate.h"
@@ -136,22 +137,38 @@ void pack(const Panels& p, int64_t m, Kind, void* packed) {
 
 // ---- strips of weights -----------------------------------------------------------------------------------------
 
-// Four rows of bf16, copied or where they lie,
+// Four rows of bf16, copied,
 template <typename Kind>
 struct Rows {
   const Half* at;
-  int64_t row;
-  typename Kind::Many load(int64_t j, int64_t s) const { return Kind::w(at + j * row + s * Kind::kStep); }
+  typename Kind::Many load(int64_t j, int64_t s) const { return Kind::w(at + j * kRoom + s * Kind::kStep); }
 };
 
 #if defined(__AVX512F__)
-// or of float8.
-struct Codes8 {
-  const uint8_t* at;
-  int64_t row;
-  Expand expand;
-  __m512i load(int64_t j, int64_t s) const { return expand.at(at + j * row + s * Pairs::kStep); }
+
+// or where they lie. What lies `ahead`, in the next strip, is fetched into the L2 cache meanwhile.
+struct Lying {
+  const Half* at;
+  int64_t row, ahead;
+  __m512i load(int64_t j, int64_t s) const {
+    const Half* p = at + j * row + s * Pairs::kStep;
+    __builtin_prefetch(p + ahead, 0, 2);
+    return Pairs::w(p);
+  }
 };
+
+// The same of float8.
+struct LyingCodes {
+  const uint8_t* at;
+  int64_t row, ahead;
+  Expand expand;
+  __m512i load(int64_t j, int64_t s) const {
+    const uint8_t* p = at + j * row + s * Pairs::kStep;
+    if (s % 2 == 0) __builtin_prefetch(p + ahead, 0, 2);
+    return expand.at(p);
+  }
+};
+
 #endif
 
 // Rows n to n + rows of w, `count` columns from k on.
@@ -309,20 +326,21 @@ Memory memory_in(void* memory, int64_t m) {
 template <typename Kind>
 void strip(const Panels& p, const void* packed, Span m, const Part& part, const Memory& memory, float* sums) {
   const Scales by = scales(part, memory.scales);
-  [[maybe_unused]] const int64_t at = part.n * part.w.row + part.k, rows = m.m1 - m.m0;
 #if defined(__AVX512F__)
-  if (part.rows == kColumns && part.count % Kind::kStep == 0 && Kind::kStep == 32) {
-    const void* data = part.w.data;
-    if (part.w.type == Stored::kBF16 && rows <= kFew)
-      return blocks<Pairs>(p, packed, m, part, Rows<Pairs>{static_cast<const Half*>(data) + at, part.w.row}, by, sums);
-    if (part.w.type != Stored::kBF16 && rows <= kRowsAtOnce) {
-      const Codes8 codes{static_cast<const uint8_t*>(data) + at, part.w.row, Expand(table(part.w.type))};
-      return blocks<Pairs>(p, packed, m, part, codes, by, sums);
+  if constexpr (std::is_same_v<Kind, Pairs>) {
+    const Weights& w = part.w;
+    const int64_t at = part.n * w.row + part.k, ahead = part.n + 2 * kColumns <= p.n ? kColumns * w.row : 0;
+    const bool whole = part.rows == kColumns && part.count % Pairs::kStep == 0, bf16 = w.type == Stored::kBF16;
+    if (whole && bf16 && m.m1 - m.m0 <= kFew)
+      return blocks<Pairs>(p, packed, m, part, Lying{static_cast<const Half*>(w.data) + at, w.row, ahead}, by, sums);
+    if (whole && !bf16 && m.m1 - m.m0 <= kRowsAtOnce) {
+      const auto* codes = static_cast<const uint8_t*>(w.data) + at;
+      return blocks<Pairs>(p, packed, m, part, LyingCodes{codes, w.row, ahead, Expand(table(w.type))}, by, sums);
     }
   }
 #endif
   copy(part, Kind::kStep, memory.strip);
-  blocks<Kind>(p, packed, m, part, Rows<Kind>{memory.strip, kRoom}, by, sums);
+  blocks<Kind>(p, packed, m, part, Rows<Kind>{memory.strip}, by, sums);
 }
 
 // sums [strips, m1 - m0, 4] of rows n to n + rows of w.
