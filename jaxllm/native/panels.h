@@ -9,7 +9,7 @@
 // adds columns 2 i and 2 i + 1 of every 32, each with one rounding to the nearest; elsewhere lanes are fused
 // multiply-adds of f32. What is lost is at most
 //
-//   2^-24 (300 + 4 groups in a block + k / 1024) of the sum of |x w|,
+//   2^-24 (300 + groups in a block + k / 1024) of the sum of |x w|,
 //
 // and of pairs of bf16 what is denormal: numbers below 2^-126 in x and w are zeros, and so are sums below it.
 #pragma once
