@@ -113,6 +113,18 @@ def test_scales_of_every_type(level, name, dtype):
     assert within(product(x, q, out=F32, most=level), x, q)
 
 
+def test_every_power_of_two_is_a_scale(level):
+    """2^-126 to 2^127 (XLA's threads take smaller numbers as zeros), and no number; one a row, and of groups."""
+    powers = np.r_[np.arange(1, 256, dtype=np.uint8), np.uint8(127)].view(ml_dtypes.float8_e8m0fnu)
+    for groups in (1, 3):
+        scale = np.stack([np.roll(powers, g) for g in range(groups)], 1)
+        q = replace(weight("mxfp8", 256, 32 * groups), scale=jnp.asarray(scale))
+        q = replace(q, codes=jnp.ones((256, 32 * groups), jnp.float8_e4m3fn))
+        x = jnp.zeros((5, 32 * groups), BF16).at[:, -1].set(1)
+        wanted = np.where(np.isnan(scale.astype(np.float32)).any(1), np.nan, scale[:, -1].astype(np.float32))
+        np.testing.assert_array_equal(product(x, q, out=F32, most=level), np.broadcast_to(wanted, (5, 256)))
+
+
 @pytest.mark.parametrize("out", [BF16, F16])
 def test_results_are_rounded_once(level, out):
     x, q = normal((9, 256), BF16), weight("fp8_e4m3_block", 50, 256)
