@@ -68,6 +68,26 @@ def test_matmul_sums_long_rows(level):
     assert np.abs(np.asarray(got, np.float64) - products(x, w)).max() < bound(28672)
 
 
+@pytest.mark.parametrize("size", [2.0**-64, 2.0**-130])
+def test_numbers_too_small_for_bf16_are_zeros_at_most(level, size):
+    """Products, or x itself, are below what f32 has in full: pairs of bf16 take them and leave them as zeros."""
+    x, w = (normal((3, 1056)) * size).astype(BF16), (normal((9, 1056), seed=1) * max(size, 2.0**-64)).astype(BF16)
+    got = np.asarray(matmul(x, w, out=F32, most=level), np.float64)
+    flushed = 2.0**-126 * (2 * 1056 + np.abs(np.asarray(w, np.float64)).sum(1))
+    assert (np.abs(got - products(x, w)) <= flushed).all()
+    one = jnp.zeros((1, 1056), BF16).at[0, 1030].set(2.0**-126)  # the smallest that counts
+    assert matmul(one, jnp.ones((1, 1056), BF16), out=F32, most=level)[0, 0] == 2.0**-126
+
+
+@pytest.mark.parametrize("k", [64, 1056, 2079])
+def test_every_column_of_bf16_meets_its_own(level, k):
+    """One number in a row of x: what comes out is the weight, whatever block, lane or panel it is in."""
+    w = normal((9, k), BF16)
+    for x, start in [(jnp.eye(k, dtype=BF16), 0), (jnp.eye(k, dtype=BF16)[k // 2 : k // 2 + 3], k // 2)]:
+        got = matmul(x, w, out=F32, most=level)
+        np.testing.assert_array_equal(got, w.T[start : start + len(x)].astype(F32))
+
+
 @pytest.mark.parametrize("dtype", [BF16, F32, F16])
 @pytest.mark.parametrize("k", [100, 3072])
 def test_a_row_has_the_same_bits_in_any_company(level, dtype, k):
@@ -229,18 +249,25 @@ def test_weights_are_exact(level, softcap, most):
 
 
 @pytest.mark.parametrize("act", native.ACTIVATIONS)
-def test_gated_is_the_activation_of_one_product_times_the_other(built, act):
-    if native.level() != "amx":
-        pytest.skip("gated products are made on AMX alone")
-    for m, k, n in [(1, 576, 100), (7, 40, 33), (33, 1600, 17), (200, 2048, 50)]:
+def test_gated_is_the_activation_of_one_product_times_the_other(level, act):
+    if level not in ("avx512", "amx"):
+        pytest.skip(f"{level} multiplies no bf16 as it is")
+    for m, k, n in [(1, 576, 100), (7, 40, 33), (33, 1600, 17), (200, 2048, 50), (3, 1056, 300)]:
         x, gate, up = (normal(s, F32, i) for i, s in enumerate([(m, k), (n, k), (n, k)]))
         x, gate, up = x.astype(BF16), (gate * k**-0.5).astype(BF16), (up * k**-0.5).astype(BF16)
         want = activate(act, *(jnp.asarray(products(x, w), F32) for w in (gate, up)))
-        got = np.asarray(native.gated(x, gate, up, act=act).astype(F32))
+        got = np.asarray(native.gated(x, gate, up, act=act, most=level).astype(F32))
         np.testing.assert_allclose(got, want, rtol=2**-8, atol=1e-5)
         for rows in (slice(0, 1), slice(m // 2, m)):
-            one = native.gated(x[rows], gate, up, act=act, threads=1)
+            one = native.gated(x[rows], gate, up, act=act, most=level, threads=1)
             np.testing.assert_array_equal(one.astype(F32), got[rows])
+
+
+def test_gated_needs_products_of_bf16(built):
+    if native.level() in ("portable", "avx2"):
+        assert "it needs avx512" in native.refuses_gated(*[normal((8, 32), BF16)] * 3, "silu")
+    with pytest.raises(Exception, match="needs AVX-512 with BF16"):
+        native.gated(*[normal((8, 32), BF16)] * 3, act="silu", most="avx2").block_until_ready()
 
 
 def test_gated_is_differentiated(built):

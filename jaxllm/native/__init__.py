@@ -25,8 +25,9 @@ Array = jax.Array
 
 LEVELS = ("portable", "avx2", "avx512", "amx")  # as in cpu.h
 LIBRARY = pathlib.Path(os.environ.get("JAXLLM_NATIVE_LIBRARY") or pathlib.Path(__file__).with_name("_kernels.so"))
-INTERFACE = 5  # as in ffi.cc: what Python and the library agree on
-CALLS = ("matmul", "gated", "packed", "packed_gated", "attend", "put", "norm", "keep", "read")
+INTERFACE = 6  # as in ffi.cc: what Python and the library agree on
+CALLS = ("matmul", "gated", "packed", "packed_gated", "float8", "float8_gated")
+CALLS += ("attend", "put", "norm", "keep", "read")
 CALLS = tuple(f"jaxllm_{name}" for name in CALLS)  # what the library gives to XLA
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 ACTIVATIONS = ("silu", "gelu_tanh")  # as in matmul.h
@@ -121,14 +122,19 @@ def refuses_gated(x: Array, gate: Array, up: Array, act: str) -> str | None:
         return f"it is for bfloat16 throughout, not {x.dtype}, {gate.dtype} and {up.dtype}"
     if reason := unavailable():
         return reason
-    return None if level() == "amx" else f"it needs amx, and {level()} is in use"
+    return None if level() in ("avx512", "amx") else f"it needs avx512, and {level()} is in use"
 
 
-def gated(x: Array, gate: Array, up: Array, *, act: str, threads: int | None = None) -> Array:
-    """act(x gate) * (x up) of bf16 x [m, k] and gate, up [n, k] -> bf16 [m, n], rounded once, at the end."""
+def gated(
+    x: Array, gate: Array, up: Array, *, act: str, most: str | None = None, threads: int | None = None
+) -> Array:
+    """act(x gate) * (x up) of bf16 x [m, k] and gate, up [n, k] -> bf16 [m, n], rounded once, at the end.
+
+    most: the highest of LEVELS to use, avx512 or amx.
+    """
     shape = jax.ShapeDtypeStruct((x.shape[0], gate.shape[0]), x.dtype)
     call = jax.ffi.ffi_call("jaxllm_gated", shape, vmap_method="sequential")
-    return call(x, gate, up, activation=np.int64(ACTIVATIONS.index(act)), threads=how(None, threads)["threads"])
+    return call(x, gate, up, activation=np.int64(ACTIVATIONS.index(act)), **how(most, threads))
 
 
 def refuses_attend(q: Array, k: Array, v: Array) -> str | None:

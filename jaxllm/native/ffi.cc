@@ -82,16 +82,17 @@ ffi::Error matmul_call(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w,
 
 ffi::Error gated_call(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> x, ffi::Buffer<ffi::BF16> gate,
                       ffi::Buffer<ffi::BF16> up, ffi::Result<ffi::Buffer<ffi::BF16>> y, int64_t activation,
-                      int64_t threads) {
+                      int64_t level, int64_t threads) {
   const auto xs = x.dimensions(), ws = gate.dimensions(), us = up.dimensions();
   if (xs.size() != 2 || ws.size() != 2 || us.size() != 2 || ws[0] != us[0] || ws[1] != us[1] || xs[1] != ws[1] ||
       static_cast<int64_t>(y->element_count()) != xs[0] * ws[0])
     return wrong("gated takes x [m, k], gate and up [n, k] and y [m, n]");
-  if (best_level() != Level::kAmx) return wrong("gated needs a processor with AMX");
+  const int most = static_cast<int>(level);
+  if (!multiplies_bf16(most)) return wrong("gated needs AVX-512 with BF16");
   Team team(pool, threads);
   const Matmul a{x.untyped_data(), gate.untyped_data(), y->untyped_data(), Type::kBF16, Type::kBF16, Type::kBF16,
                  xs[0], ws[0], xs[1]};
-  gated(a, up.untyped_data(), static_cast<Activation>(activation), team);
+  gated(a, up.untyped_data(), static_cast<Activation>(activation), most, team);
   return ffi::Error::Success();
 }
 
@@ -212,6 +213,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxllm_gated, jaxllm::gated_call,
                                   .Arg<xla::ffi::Buffer<xla::ffi::BF16>>()
                                   .Ret<xla::ffi::Buffer<xla::ffi::BF16>>()
                                   .Attr<int64_t>("activation")
+                                  .Attr<int64_t>("level")
                                   .Attr<int64_t>("threads"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxllm_attend, jaxllm::attend_call,
@@ -247,6 +249,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxllm_keep, jaxllm::keep_call,
 extern "C" int jaxllm_best_level() { return static_cast<int>(jaxllm::best_level()); }
 
 // What Python and this library agree on; to be raised with every change of a function's arguments.
-extern "C" int jaxllm_interface() { return 5; }
+extern "C" int jaxllm_interface() { return 6; }
 
 #pragma GCC visibility pop

@@ -5,6 +5,7 @@
 
 #include "cpu.h"
 #include "live.h"
+#include "panels.h"
 #include "parallel.h"
 #include "scratch.h"
 
@@ -98,33 +99,33 @@ Matmul without_padding(Matmul a) {
   return a;
 }
 
+void of_bf16(const Matmul& all, const bf16* up_weights, Activation activation, int most, Team& team) {
+#if defined(__x86_64__)
+  if (level_within(most) == Level::kAmx) {
+    const Matmul a = without_padding(all);
+    if (a.m > 0 && a.n > 0) on_tiles(a, up_weights, activation, team);
+    return;
+  }
+#endif
+  const auto weights = [&](const void* w) { return Weights{w, Stored::kBF16, all.k, {}, 0}; };
+  const Number y_type = all.y_type == Type::kF32 ? Number::kF32 : all.y_type == Type::kBF16 ? Number::kBF16 : Number::kF16;
+  panels({all.x, all.y, Number::kBF16, y_type, all.m, all.n, all.k, weights(all.w), weights(up_weights), activation},
+         most, team);
+}
+
 }  // namespace
 
-bool takes_tiles(const Matmul& a, int most) {
-#if defined(__x86_64__)
-  return a.x_type == Type::kBF16 && a.w_type == Type::kBF16 && level_within(most) == Level::kAmx;
-#else
-  (void)a, (void)most;
-  return false;
-#endif
-}
+bool multiplies_bf16(int most) { return level_within(most) >= Level::kAvx512; }
 
 void matmul(const Matmul& all, int most, Team& team) {
+  if (all.x_type == Type::kBF16 && all.w_type == Type::kBF16 && multiplies_bf16(most))
+    return of_bf16(all, nullptr, Activation::kSilu, most, team);
   const Matmul a = without_padding(all);
-  if (a.m == 0 || a.n == 0) return;
-#if defined(__x86_64__)
-  if (takes_tiles(a, most)) return on_tiles(a, nullptr, Activation::kSilu, team);
-#endif
-  on_vectors(a, level_within(most), team);
+  if (a.m > 0 && a.n > 0) on_vectors(a, level_within(most), team);
 }
 
-void gated(const Matmul& all, const void* up, Activation activation, Team& team) {
-#if defined(__x86_64__)
-  const Matmul a = without_padding(all);
-  if (a.m > 0 && a.n > 0) on_tiles(a, static_cast<const bf16*>(up), activation, team);
-#else
-  (void)all, (void)up, (void)activation, (void)team;
-#endif
+void gated(const Matmul& a, const void* up, Activation activation, int most, Team& team) {
+  of_bf16(a, static_cast<const bf16*>(up), activation, most, team);
 }
 
 }  // namespace jaxllm

@@ -23,14 +23,14 @@ struct Matmul {
   int64_t m, n, k;
 };
 
-// y [m, n] = activation(x w) * (x up), rounded once at the end. All of bf16, and on tiles alone.
-void gated(const Matmul& a, const void* up, Activation activation, Team& team);
+// y [m, n] = activation(x w) * (x up), rounded once at the end. All of bf16, where `multiplies_bf16`.
+void gated(const Matmul& a, const void* up, Activation activation, int most, Team& team);
 
 // Runs on the best level of this machine that is not above `most`.
 void matmul(const Matmul& a, int most, Team& team);
 
-// Whether the product runs on tiles of bf16; else it is summed with the fused multiply-add of f32.
-bool takes_tiles(const Matmul& a, int most);
+// Whether bf16 is multiplied by bf16 as it is, on tiles or in pairs; else it is widened to f32 first.
+bool multiplies_bf16(int most);
 
 // ---- what each level brings; the types are plain because these files are compiled for other processors --------
 

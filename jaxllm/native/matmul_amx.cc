@@ -2,6 +2,7 @@
 // pairs, is the right one, so that no weight is ever repacked.
 #include <cstring>
 
+#include "gate.h"
 #include "matmul.h"
 #include "simd.h"
 #include "tiles.h"
@@ -91,22 +92,12 @@ void write_bf16(const Product& p, int64_t m, int64_t n, int64_t rows, int64_t co
   for (int64_t i = 0; i < columns; ++i) _mm512_mask_storeu_epi16(row_bf16(p, m + i, n), mask, r[i]);
 }
 
-V silu(V x) {
-  const V e = exp2(min(x, set(0) - x) * set(1.44269504f));  // of -|x|: nothing overflows
-  return x * _mm512_mask_mov_ps(e, _mm512_cmp_ps_mask(x, set(0), _CMP_GE_OQ), set(1)) / (set(1) + e);
-}
-
-V gelu_tanh(V x) {
-  const V inner = set(0.797884561f) * fma(set(0.044715f) * x * x, x, x);
-  return set(0.5f) * x * (set(1) + tanh(inner));
-}
-
 // sums [2, 16, width]: the upper half becomes its activation times the lower half.
 void gate(const Product& p, float* sums) {
   const int64_t count = kTile * p.width;
   for (int64_t i = 0; i < count; i += kLanes) {
     const V x = load(sums + i);
-    store(sums + i, (p.activation == Activation::kSilu ? silu(x) : gelu_tanh(x)) * load(sums + count + i));
+    store(sums + i, activated(p.activation, x) * load(sums + count + i));
   }
 }
 

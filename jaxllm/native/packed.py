@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm import native
+from jaxllm.native import float8
 from jaxllm.quant import QTensor
-from jaxllm.quant.formats import LEVELS, Format
+from jaxllm.quant.formats import FLOAT8, LEVELS, Format
 from jaxllm.quant.qtensor import PLANES
 
 Array = jax.Array
@@ -22,6 +23,8 @@ WHOLE = {"e2m1": 2, "iq4": 1}  # what levels are multiplied by to be whole numbe
 
 def refuses_format(f: Format) -> str | None:
     """Why no weight in a format is taken; None where those that `encode` makes are."""
+    if f.levels in FLOAT8:
+        return float8.refuses_format(f)
     if f.activations:
         return f"{f.name} rounds activations in its own way"
     if f.levels != "int" and (f.bits != 4 or f.levels not in LEVELS):
@@ -35,6 +38,8 @@ def refuses_format(f: Format) -> str | None:
 
 def refuses(x: Array, q: QTensor) -> str | None:
     """Why `matmul` does not take x [m, in] and q [out, in] (`grouped`: [experts, out, in]); None where it does."""
+    if q.format.levels in FLOAT8:
+        return float8.refuses(x, q)
     if x.dtype not in native.FLOATS:
         return f"it takes float32, bfloat16 and float16 activations, not {x.dtype}"
     return refuses_format(q.format) or _refuses_numbers(q)
@@ -62,8 +67,10 @@ def matmul(x: Array, q: QTensor, out: jnp.dtype, *, most: str | None = None, thr
     Activations are rounded to 16 bits in blocks of 32 or 16 (by at most 2^-15 of the largest in the block; of
     float32 what that lacks is taken too), summed exactly, scaled and added in f32 from left to right: a row's bits
     do not depend on the other rows, nor on the threads. A block with an activation that is not finite makes NaN.
-    most: the highest of native.LEVELS to use.
+    most: the highest of native.LEVELS to use. float8 goes to `float8.matmul`.
     """
+    if q.format.levels in FLOAT8:
+        return float8.matmul(x, q, out, most=most, threads=threads)
     return _call(x, jnp.zeros(0, jnp.int32), jax.tree.map(lambda part: part[None], q), out, most, threads)
 
 
@@ -72,6 +79,8 @@ def grouped(x: Array, q: QTensor, expert: Array, *, most: str | None = None, thr
 
     Neighbours with the same expert, i32 [m], are multiplied together.
     """
+    if q.format.levels in FLOAT8:
+        return float8.grouped(x, q, expert, most=most, threads=threads)
     return _call(x, expert.astype(jnp.int32), q, jnp.float32, most, threads)
 
 
@@ -85,7 +94,7 @@ def refuses_gated(x: Array, gate: QTensor, up: QTensor, act: str) -> str | None:
         lambda part: (part.shape, part.dtype), up
     ):
         return f"gate and up differ: {gate} and {up}"
-    if gate.format.levels != "int" and gate.format.levels not in WHOLE:
+    if gate.format.levels not in ("int", *WHOLE, *FLOAT8):
         return f"{gate.format.name} takes two tables"
     return refuses(x, gate)
 
@@ -94,6 +103,8 @@ def gated(
     x: Array, gate: QTensor, up: QTensor, *, act: str, most: str | None = None, threads: int | None = None
 ) -> Array:
     """act(x gate) * (x up) of x [m, in] and gate, up [out, in] of one format -> [m, out] as x, rounded once."""
+    if gate.format.levels in FLOAT8:
+        return float8.gated(x, gate, up, act=act, most=most, threads=threads)
     shape = jax.ShapeDtypeStruct((x.shape[0], gate.codes.shape[0]), x.dtype)
     call = jax.ffi.ffi_call("jaxllm_packed_gated", shape, vmap_method="sequential")
     ((factor, table),) = _tables(gate)

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "convert.h"
+#include "gate.h"
 #include "ints.h"
 #include "packed.h"
 
@@ -327,16 +328,6 @@ __attribute__((always_inline)) inline void add_rows(const Packed& p, const Round
 
 #include "packed_few.h"
 
-V silu(V x) {
-  const V e = exp2(min(x, set(0) - x) * set(1.44269504f));  // of -|x|: nothing overflows
-  return x * where_zero(max(x, set(0)), e, set(1)) / (set(1) + e);
-}
-
-V gelu_tanh(V x) {
-  const V inner = set(0.797884561f) * fma(set(0.044715f) * x * x, x, x);
-  return set(0.5f) * x * (set(1) + tanh(inner));
-}
-
 // One product, or two of which one gates the other.
 struct Job {
   const Packed& p;
@@ -351,7 +342,7 @@ void finish(const Job& job, const Rounded& x, int64_t m, int64_t n, int64_t rows
   for (int64_t i = 0; i < R; i += x.parts) {
     if (x.parts == 2 && i + 1 < R) totals[i] = totals[i] + totals[i + 1], other[i] = other[i] + other[i + 1];
     V y = totals[i];
-    if (job.up) y = (job.activation == Activation::kSilu ? silu(y) : gelu_tanh(y)) * other[i];
+    if (job.up) y = activated(job.activation, y) * other[i];
     write(job.p.y, job.p.y_type, (m + i) / x.parts * job.p.n + n, y, rows);
   }
 }
