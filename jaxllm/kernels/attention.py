@@ -28,6 +28,8 @@ _LANES = 128  # one number a row fills a TPU's register
 
 def refuses(q: Array, k: Array, v: Array, platform: str) -> str | None:
     """Why the kernel does not take q [B, T, K, G, h] and k, v [B, K, S, h] there; None where it does."""
+    if platform == "hopper":
+        return "it has no body of its own on Hopper"
     if q.dtype not in FLOATS or not q.dtype == k.dtype == v.dtype:
         return f"it is for float32 or bfloat16 throughout, not {q.dtype}, {k.dtype} and {v.dtype}"
     B, T, _, G, h = q.shape
