@@ -74,7 +74,7 @@ def _absent() -> str | None:
         return "there is no TPU and no NVIDIA GPU here"
     if len(jax.devices()) > 1:
         return "there are several accelerators here, and XLA cannot split a kernel between them"
-    if present() == "cuda" and not _has_triton():
+    if not bodies():
         return f"JAX {jax.__version__} has no Triton backend"
     if present() == "cuda" and tiles.capability() < 8:
         return f"Triton needs compute capability 8.0 (Ampere), and this GPU has {tiles.capability()}"
@@ -84,6 +84,12 @@ def _absent() -> str | None:
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
+
+
+@functools.cache
+def _has_mosaic() -> bool:
+    """JAX 0.10 imports absl for it, and does not ask for it when it is installed."""
+    return jax.__version_info__ >= (0, 11) or importlib.util.find_spec("absl") is not None
 
 
 def present() -> str:
@@ -98,8 +104,8 @@ def present() -> str:
 
 def bodies() -> tuple[str, ...]:
     """Whose kernels are taken in this process, the best first; each name is a `platform` of the kernels' functions."""
-    names = [name for kind in _platforms() for name in BODIES[kind] if name != "cuda" or _has_triton()]
-    return tuple(dict.fromkeys(names))
+    there = {"tpu": True, "cuda": _has_triton(), "hopper": _has_mosaic()}
+    return tuple(dict.fromkeys(name for kind in _platforms() for name in BODIES[kind] if there[name]))
 
 
 def _platforms() -> tuple[str, ...]:
@@ -154,7 +160,7 @@ def _module(name: str) -> ModuleType:
 
 def _refuses_everywhere(name: str, *args: Array | QTensor) -> str | None:
     reasons = [_module(name).refuses(*args, body) for body in bodies()]
-    return reasons[-1] if all(reasons) else None
+    return reasons[-1] if reasons and all(reasons) else None
 
 
 def _fitting(name: str, *args: Array | QTensor) -> tuple[str, ...]:

@@ -172,6 +172,8 @@ def exact(codes: Array, plane: int, c: Coding) -> Array:
     A GPU works on two of these at a time, but shifts and converts one by one: so the high half of a byte stays where
     it is, and the 7 bits of the mantissa of 128 become a number by a difference (Kim et al., arXiv 2211.10017).
     """
+    if codes.dtype in (jnp.float8_e4m3fn, jnp.float8_e5m2):  # the only way that Hopper has
+        return codes.astype(jnp.float16).astype(jnp.float32).astype(jnp.bfloat16)
     if c.levels == "float" or codes.dtype == jnp.int8:
         return codes.astype(jnp.bfloat16)
     x, high = codes.astype(jnp.int16), 16**plane if c.planes == 2 else 1
