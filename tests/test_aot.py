@@ -19,7 +19,8 @@ from jaxllm import kernels, ops
 from jaxllm.kernels import attention, dense, grouped
 from jaxllm.quant import encode, named
 
-COMPILERS = {"tpu": "libtpu", "cuda": "jax_plugins.xla_cuda12", "hopper": "jax_plugins.xla_cuda12"}
+CUDA = next((f"jax_plugins.xla_cuda{n}" for n in (12, 13) if importlib.util.find_spec(f"jax_cuda{n}_plugin")), "jax_plugins.xla_cuda12")
+COMPILERS = {"tpu": "libtpu", "cuda": CUDA, "hopper": CUDA}
 CALLS = {"tpu": "tpu_custom_call", "cuda": "__gpu$xla.gpu.triton", "hopper": "mosaic_gpu_v2"}
 TARGETS = {  # the kind of kernels, and the machine
     "v4": ("tpu", "v4:2x2x1"),
@@ -87,7 +88,7 @@ def compiled(target, module, f, *args):
     if platform == "hopper" and (reason := module.refuses(*args[: 3 if module is attention else 2], platform)):
         pytest.skip(f"left to Triton: {reason}")
     args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), args)
-    with kernels.compiled_for(platform):
+    with kernels.compiled_for(platform), jax.sharding.use_abstract_mesh(place.mesh.abstract_mesh):
         made = jax.jit(lambda *a: f(*a)).lower(*args).compile()
     assert made.as_text().count(f'custom_call_target="{CALLS[platform]}"') == 1
     return made
