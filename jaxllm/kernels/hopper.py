@@ -136,12 +136,12 @@ def _totals(parts: dict, plan: _Plan, i: Array, j: Array, z: Array) -> list[Arra
         plgpu.BlockSpec(
             (c.planes, plan.size // plan.chunk, tiles.rows, plan.chunk),
             lambda k: (0, first + k, i, 0),
-            transforms=_swizzled(plan.chunk, parts["x"].dtype),
+            transforms=swizzled(plan.chunk, parts["x"].dtype),
         ),
         plgpu.BlockSpec(
             (None, tiles.out, plan.size),
             lambda k: (expert, j, first + k),
-            transforms=_swizzled(plan.size, parts["codes"].dtype),
+            transforms=swizzled(plan.size, parts["codes"].dtype),
         ),
     ]
     zeros = tuple(jnp.zeros((HEIGHT, tiles.rows), jnp.float32) for _ in slabs)
@@ -158,7 +158,7 @@ def _slab(n: int) -> slice:
     return slice(n * HEIGHT, (n + 1) * HEIGHT)
 
 
-def _swizzled(row: int, dtype: jnp.dtype) -> tuple:
+def swizzled(row: int, dtype: jnp.dtype) -> tuple:
     """Transforms of a block in shared memory whose rows have so many elements: banks are met evenly."""
     bits = jnp.dtype(dtype).itemsize * 8
     size = min(128, row * bits // 8)

@@ -68,6 +68,7 @@ DEFAULTS = {
             (32, Tiles(32, 64, 128, stages=4)),
             (MOST, Tiles(64, 64, 128, stages=4)),
         ),
+        "attend": ((MOST, Tiles(0, 0, 64, split=64, stages=3)),),
     },
 }
 PROGRAMS = 264  # two for each multiprocessor of an H100: columns are split no further
