@@ -19,7 +19,10 @@ from jaxllm import kernels, ops
 from jaxllm.kernels import attention, dense, grouped
 from jaxllm.quant import encode, named
 
-CUDA = next((f"jax_plugins.xla_cuda{n}" for n in (12, 13) if importlib.util.find_spec(f"jax_cuda{n}_plugin")), "jax_plugins.xla_cuda12")
+CUDA = next(
+    (f"jax_plugins.xla_cuda{n}" for n in (12, 13) if importlib.util.find_spec(f"jax_cuda{n}_plugin")),
+    "jax_plugins.xla_cuda12",
+)
 COMPILERS = {"tpu": "libtpu", "cuda": CUDA, "hopper": CUDA}
 CALLS = {"tpu": "tpu_custom_call", "cuda": "__gpu$xla.gpu.triton", "hopper": "mosaic_gpu_v2"}
 TARGETS = {  # the kind of kernels, and the machine
@@ -118,7 +121,9 @@ def test_products(target, case):
 
 
 def test_products_of_f32(target):
-    compiled(target, dense, ops.matmul, jax.ShapeDtypeStruct((8, 4096), jnp.float32), weight("q4f16_1", 4096, 4096))
+    compiled(
+        target, dense, ops.matmul, jax.ShapeDtypeStruct((8, 4096), jnp.float32), weight("q4f16_1", 4096, 4096)
+    )
 
 
 @pytest.mark.parametrize("shape", HEADS, ids=str)

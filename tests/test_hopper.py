@@ -20,7 +20,7 @@ from tests.test_native import BF16, F32, case, definition, normal
 from tests.test_pallas import KINDS, both, device_of, exact, near, packed
 
 mosaic = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
-FEW = Tiles(8, 64, 128, split=2, stages=2)
+FEW = Tiles(8, 64, 64, split=2, stages=2)
 
 
 def interpreter():
@@ -46,7 +46,9 @@ def every_coding():
     return list(seen.values())
 
 
-@pytest.mark.parametrize(("c", "codes"), every_coding(), ids=lambda a: str(a) if isinstance(a, coding.Coding) else "")
+@pytest.mark.parametrize(
+    ("c", "codes"), every_coding(), ids=lambda a: str(a) if isinstance(a, coding.Coding) else ""
+)
 def test_codes_become_bfloat16_without_rounding(c, codes):
     for plane in range(c.planes):
         got = coding.exact(jnp.asarray(codes), plane, c)
@@ -57,27 +59,37 @@ def test_codes_become_bfloat16_without_rounding(c, codes):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_every_coding_is_multiplied(name):
-    """11 rows are more than a tile of 8; 192 rows of the weight are three slabs."""
-    x, w = normal((11, 512), BF16), packed(name, 192, 512)
+    """Two steps of columns, of two groups each where it has any."""
+    x, w = normal((3, 256), BF16), packed(name, 64, 256)
     assert dense.refuses(x, w, "hopper") is None
-    got = dense.matmul(x, w, platform="hopper", tiles=FEW, interpret=interpreter())
+    columns = 2 * (coding.coding(w).group or 64)
+    few = Tiles(8, 64, min(columns, 128), stages=2)
+    got = dense.matmul(x, w, platform="hopper", tiles=few, interpret=interpreter())
     assert got.dtype == F32
     near(got, exact(x, w))
 
 
-@pytest.mark.parametrize(("m", "n", "k", "rows"), [(1, 64, 64, 8), (20, 128, 576, 32), (64, 256, 320, 64)])
-def test_shapes_and_default_tiles(m, n, k, rows):
+@pytest.mark.parametrize(
+    ("m", "n", "k", "size"),
+    [
+        (1, 64, 64, None),
+        (11, 192, 192, FEW),
+        (20, 256, 64, Tiles(32, 128, 512)),
+        (64, 64, 320, Tiles(64, 64, 64, 5)),
+    ],
+)
+def test_shapes_and_tiles(m, n, k, size):
+    """The usual tiles; more rows than a tile, and three slabs; two slabs in a program; columns shared by five."""
     x, w = normal((m, k), BF16), packed("q4f16_1", n, k)
-    near(dense.matmul(x, w, platform="hopper", interpret=interpreter()), exact(x, w))
-    near(dense.matmul(x, w, platform="hopper", tiles=Tiles(rows, 128, 512, 3), interpret=interpreter()), exact(x, w))
+    near(dense.matmul(x, w, platform="hopper", tiles=size, interpret=interpreter()), exact(x, w))
 
 
-@pytest.mark.parametrize(("R", "name"), [(1, "q4f16_1"), (30, "plain"), (30, "uint4_g64"), (30, "fp8_e4m3")])
+@pytest.mark.parametrize(("R", "name"), [(1, "q4f16_1"), (20, "plain"), (12, "uint4_g32"), (12, "fp8_e4m3")])
 def test_each_row_meets_its_own_expert(R, name):
     """Fewer rows than experts; an expert without rows; one with more than a block of them."""
     expert = jnp.asarray(np.sort(np.random.default_rng(R).choice([0, 1, 3], R, p=[0.7, 0.2, 0.1])), jnp.int32)
-    x = normal((R, 128), BF16)
-    w = normal((4, 64, 128), BF16) if name == "plain" else packed(name, 4, 64, 128)
+    x = normal((R, 64), BF16)
+    w = normal((4, 64, 64), BF16) if name == "plain" else packed(name, 4, 64, 64)
     got = grouped.grouped_matmul(x, w, expert, platform="hopper", tiles=FEW, interpret=interpreter())
     want = [exact(row, jax.tree.map(lambda a, e=e: a[e], w)) for row, e in zip(x, expert, strict=True)]
     near(got, np.stack(want))
@@ -105,7 +117,9 @@ def test_what_is_refused_says_why():
 # ---- attention --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("shape", "kind"), [((1, 1, 2, 3, 64, 320), "causal"), ((2, 5, 1, 4, 128, 192), "random")])
+@pytest.mark.parametrize(
+    ("shape", "kind"), [((1, 1, 2, 3, 64, 320), "causal"), ((2, 5, 1, 4, 128, 192), "random")]
+)
 def test_attention_is_the_definition(shape, kind):
     """Blocks of 64 slots, shared out to three programs; a mask for all queries of a row, and one for each."""
     q, k, v, mask = case(*shape, kind, BF16)
@@ -143,7 +157,9 @@ def calls(*args):
     names = ("mosaic_gpu_v2", "__gpu$xla.gpu.triton")
     checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in names]
     with kernels.compiled_for("hopper"), device_of("cuda"):
-        text = jax.export.export(jax.jit(both), platforms=["cuda"], disabled_checks=checks)(*args).mlir_module()
+        text = jax.export.export(jax.jit(lambda *a: both(*a)), platforms=["cuda"], disabled_checks=checks)(
+            *args
+        ).mlir_module()
     return [text.count(f"@{name}") for name in names]
 
 
@@ -164,7 +180,10 @@ def test_what_hopper_refuses_is_left_to_triton(monkeypatch):
 
 def test_the_body_is_chosen_by_the_gpu_at_hand(monkeypatch):
     gpu = lambda capability: SimpleNamespace(
-        platform="gpu", client=SimpleNamespace(platform_version="cuda"), compute_capability=capability, device_kind="G"
+        platform="gpu",
+        client=SimpleNamespace(platform_version="cuda"),
+        compute_capability=capability,
+        device_kind="G",
     )
     for capability, names in (("8.9", ("cuda",)), ("9.0", ("hopper", "cuda")), ("10.0", ("cuda",))):
         monkeypatch.setattr(jax, "devices", lambda capability=capability: [gpu(capability)])

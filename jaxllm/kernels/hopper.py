@@ -127,7 +127,11 @@ def _totals(parts: dict, plan: _Plan, i: Array, j: Array, z: Array) -> list[Arra
             packed = codes[_slab(n)]
             for g in range(plan.groups):
                 group = (first + index[0]) * plan.groups + g
-                sums = _vector(parts["sums"].at[group, pl.ds(i * tiles.rows, tiles.rows)], 0, plan) if c.zero else None
+                sums = (
+                    _vector(parts["sums"].at[group, pl.ds(i * tiles.rows, tiles.rows)], 0, plan)
+                    if c.zero
+                    else None
+                )
                 y = _multiplied(packed, x, g, plan)
                 totals[n] += _scaled(y, {name: values[n][g] for name, values in now.items()}, sums, c)
         return tuple(totals), then
@@ -150,7 +154,13 @@ def _totals(parts: dict, plan: _Plan, i: Array, j: Array, z: Array) -> list[Arra
     )
     totals, _ = run(parts["x"], parts["codes"])
     if c.scale and not c.group:
-        totals = [total * _wide(_vector(parts["scale"].at[expert, 0, pl.ds(j * tiles.out + n * HEIGHT, HEIGHT)], 1, plan), total, 0) for n, total in enumerate(totals)]
+        totals = [
+            total
+            * _wide(
+                _vector(parts["scale"].at[expert, 0, pl.ds(j * tiles.out + n * HEIGHT, HEIGHT)], 1, plan), total, 0
+            )
+            for n, total in enumerate(totals)
+        ]
     return list(totals)
 
 

@@ -69,8 +69,14 @@ def _body(span, q, k, v, seen, sums, highest, total, queries, *scratch, scores, 
         return _step(logits, mix, visible, state, keepdims=False)
 
     h = q.shape[-1]
-    empty = jnp.zeros((HEIGHT, h), jnp.float32), jnp.full(HEIGHT, LOWEST, jnp.float32), jnp.zeros(HEIGHT, jnp.float32)
-    slots = plgpu.BlockSpec((None, None, size, h), lambda at: (b, n, start + at, 0), transforms=swizzled(h, k.dtype))
+    empty = (
+        jnp.zeros((HEIGHT, h), jnp.float32),
+        jnp.full(HEIGHT, LOWEST, jnp.float32),
+        jnp.zeros(HEIGHT, jnp.float32),
+    )
+    slots = plgpu.BlockSpec(
+        (None, None, size, h), lambda at: (b, n, start + at, 0), transforms=swizzled(h, k.dtype)
+    )
     mask = plgpu.BlockSpec((None, seen.shape[1], size), lambda at: (b, 0, start + at))
     state = plgpu.emit_pipeline(
         step, grid=(steps,), in_specs=[slots, slots, mask], max_concurrent_steps=stages, init_carry=empty
@@ -94,7 +100,9 @@ def _products(queries, keys, values, interpret):
     """f32 [R, size] of queries and keys, and what multiplies powers by values."""
     if interpret:  # the interpreter multiplies from shared memory alone
         values = values[...]
-        return dot(queries[...], keys[...], transposed=True), lambda powers: dot(powers.astype(values.dtype), values)
+        return dot(queries[...], keys[...], transposed=True), lambda powers: dot(
+            powers.astype(values.dtype), values
+        )
 
     def products(sums):
         plgpu.wgmma(sums, queries, keys.T)

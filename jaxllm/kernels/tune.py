@@ -120,7 +120,9 @@ def _taking(what: str, report: Callable[[str], None], module: ModuleType, *args)
     return None
 
 
-def _fastest(op, platform: str, key: str, rows: int, run: Callable, x: Array, args: tuple, report) -> dict[str, Tiles]:
+def _fastest(
+    op, platform: str, key: str, rows: int, run: Callable, x: Array, args: tuple, report
+) -> dict[str, Tiles]:
     best, found, key = float("inf"), {}, tiles.name(op, platform, key, rows)
     for tried in candidates(platform, op, rows):
         try:
