@@ -1,7 +1,7 @@
 """The kernels in Mosaic GPU, interpreted on the CPU, against the definition in f64.
 
-What the interpreter does not know is the product of registers with shared memory: there the kernel's code multiplies
-without one. That, and all layouts, are the compiler's to check (tests/test_aot.py).
+What the interpreter does not know is the product of registers with shared memory: there the kernel's code
+multiplies without one. That, and all layouts, are the compiler's to check (tests/test_aot.py).
 """
 
 from functools import partial

@@ -5,8 +5,8 @@ They are taken where a program is compiled for the accelerator of this process, 
 with nothing but a CPU, no program changes and Pallas is not imported. Derivatives go through the definition in
 `jaxllm.ops`.
 
-On Hopper some have a body in Mosaic GPU ("hopper"); what it refuses, and the other NVIDIA GPUs ("cuda"), get Triton,
-which JAX has deprecated (since 0.11). Where a JAX brings it no longer, that is left to XLA.
+On Hopper they have bodies in Mosaic GPU ("hopper"); what these refuse, and the other NVIDIA GPUs ("cuda"), get
+Triton, which JAX has deprecated (since 0.11). Where a JAX brings it no longer, that is left to XLA.
 
 Environment: JAXLLM_PALLAS=off keeps to XLA.
 """
@@ -36,10 +36,12 @@ _WANTED = jax.make_user_context(())  # part of the key of every jitted program
 
 
 def compiled_for(*platforms: str) -> AbstractContextManager[None]:
-    """Within it, programs are traced with the kernels of these platforms ("tpu", "cuda", "hopper"), present or not.
+    """Within it, programs are traced with the kernels of these platforms, present or not.
 
-    "cuda" is any NVIDIA GPU, "hopper" those of compute capability 9.0 alone. A program exported for several
+    "tpu"; "cuda", any NVIDIA GPU; "hopper", those of compute capability 9.0 alone. A program exported for several
     platforms at once must have none: wrap it in `ops.portable()` instead. Raises JaxllmError for another name.
+    Where there is no GPU, JAX from 0.11 on lowers Triton's only within `jax.sharding.use_abstract_mesh` of a mesh
+    with an `AbstractDevice`.
     """
     if unknown := [name for name in platforms if name not in BODIES]:
         raise JaxllmError(f"kernels exist for {', '.join(BODIES)}, not for {unknown[0]!r}")
@@ -103,7 +105,7 @@ def present() -> str:
 
 
 def bodies() -> tuple[str, ...]:
-    """Whose kernels are taken in this process, the best first; each name is a `platform` of the kernels' functions."""
+    """Whose kernels are taken in this process, the best first: each is a `platform` of the kernels' functions."""
     there = {"tpu": True, "cuda": _has_triton(), "hopper": _has_mosaic()}
     return tuple(dict.fromkeys(name for kind in _platforms() for name in BODIES[kind] if there[name]))
 

@@ -35,7 +35,8 @@ def refuses(q: Array, k: Array, v: Array, platform: str) -> str | None:
         return f"it takes 1 to {MOST_ROWS} queries of a kv head, not {B * T * G}"
     S = k.shape[2]
     if platform == "hopper" and (q.dtype != jnp.bfloat16 or S % 64 or h not in (64, 128)):
-        return f"on Hopper it takes bfloat16, heads of 64 or 128, and a multiple of 64 slots, not {q.dtype}, {h} and {S}"
+        taken = "bfloat16, heads of 64 or 128, and a multiple of 64 slots"
+        return f"on Hopper it takes {taken}, not {q.dtype}, {h} and {S}"
     if platform == "cuda" and (S % 16 or h & (h - 1) or not 16 <= h <= 256):
         return f"on a GPU it takes heads of 16 to 256, a power of two, and a multiple of 16 slots, not {h} and {S}"
     return None

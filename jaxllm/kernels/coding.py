@@ -169,13 +169,16 @@ def unit(plane: int, c: Coding) -> int:
 def exact(codes: Array, plane: int, c: Coding) -> Array:
     """`levels` times `unit`, in bfloat16, without a rounding and without leaving pairs of 16 bits.
 
-    A GPU works on two of these at a time, but shifts and converts one by one: so the high half of a byte stays where
-    it is, and the 7 bits of the mantissa of 128 become a number by a difference (Kim et al., arXiv 2211.10017).
+    A GPU works on two of these at a time, but shifts and converts one by one: so the high half of a byte stays
+    where it is, and 7 bits become the mantissa of 128, then a number by a difference (Kim et al., arXiv
+    2211.10017). Exact for a center from 0 to half of the levels.
     """
     if codes.dtype in (jnp.float8_e4m3fn, jnp.float8_e5m2):  # the only way that Hopper has
         return codes.astype(jnp.float16).astype(jnp.float32).astype(jnp.bfloat16)
-    if c.levels == "float" or codes.dtype == jnp.int8:
+    if c.levels == "float":
         return codes.astype(jnp.bfloat16)
+    if codes.dtype == jnp.int8:
+        return codes.astype(jnp.bfloat16) - c.center
     x, high = codes.astype(jnp.int16), 16**plane if c.planes == 2 else 1
     if c.levels == "e2m1":
         return _exact_e2m1(x, high)
@@ -197,7 +200,7 @@ def _exact_e2m1(x: Array, high: int) -> Array:
 
 
 def _embedded(x: Array, mask: int) -> Array:
-    """i16 bits in bf16: 128 plus the 7 bits of the mask, or 128 times 2 where the mask is the eighth and it is set."""
+    """i16 bits in bf16: 128 plus the low 7 bits of the mask; of the eighth alone 128, or 256 where it is set."""
     return lax.bitcast_convert_type((x & mask) | 0x4300, jnp.bfloat16)
 
 

@@ -1,9 +1,9 @@
 """Products with packed weights on Hopper (compute capability 9.0), in Mosaic GPU.
 
 Codes stream through shared memory by the copy engine (TMA), are expanded in registers to bfloat16 that hold them
-exactly, and go from there to the tensor cores (wgmma), the weight first: few rows of x make narrow tiles. The scales
-of groups multiply the sums of a group instead of the weights, which is less work by the number of columns of a group
-and loses nothing to bfloat16. Zeros are taken off with the sums of x over a group.
+exactly, and go from there to the tensor cores (wgmma), the weight first: few rows of x make narrow tiles. The
+scales of groups multiply the sums of a group instead of the weights, which is less work for few rows and loses
+nothing to bfloat16. Zeros are taken off with the sums of x over a group.
 """
 
 from __future__ import annotations
@@ -105,63 +105,48 @@ def _body(*refs, plan: _Plan):
 
 def _totals(parts: dict, plan: _Plan, i: Array, j: Array, z: Array) -> list[Array]:
     """Products [HEIGHT, rows] of every slab of a program's rows of the weight."""
-    c, tiles, expert = plan.c, plan.tiles, parts["owner"][i]
+    c, tiles, expert, first = plan.c, plan.tiles, parts["owner"][i], z * plan.steps
     slabs = range(tiles.out // HEIGHT)
-    first = z * plan.steps
-
-    def column(name: str, n: int, at: Array) -> Array:
-        rows = pl.ds(j * tiles.out + n * HEIGHT, HEIGHT)
-        return _vector(parts[name].at[expert, rows, at], 1, plan)
+    below = [pl.ds(j * tiles.out + n * HEIGHT, HEIGHT) for n in slabs]
+    beside = pl.ds(i * tiles.rows, tiles.rows)
 
     def wide(step: Array) -> dict[str, list[list[Array]]]:
         """Scales and zeros of a step, [slab][group]: fetched while the step before is worked on."""
         at = (first + jnp.minimum(step, plan.steps - 1)) * plan.groups
+        column = lambda name, n, g: _vector(parts[name].at[expert, below[n], at + g], 1, plan)
         names = [name for name in ("scale", "zero") if c.group and name in parts]
-        return {name: [[column(name, n, at + g) for g in range(plan.groups)] for n in slabs] for name in names}
+        return {name: [[column(name, n, g) for g in range(plan.groups)] for n in slabs] for name in names}
 
     def step(index, x, codes, carry):
-        totals, now = carry
-        then = wide(index[0] + 1)
+        (totals, now), then = carry, wide(index[0] + 1)
+        at = (first + index[0]) * plan.groups
+        sums = [_vector(parts["sums"].at[at + g, beside], 0, plan) if c.zero else None for g in range(plan.groups)]
         totals = list(totals)
         for n in slabs:
             packed = codes[_slab(n)]
             for g in range(plan.groups):
-                group = (first + index[0]) * plan.groups + g
-                sums = (
-                    _vector(parts["sums"].at[group, pl.ds(i * tiles.rows, tiles.rows)], 0, plan)
-                    if c.zero
-                    else None
-                )
-                y = _multiplied(packed, x, g, plan)
-                totals[n] += _scaled(y, {name: values[n][g] for name, values in now.items()}, sums, c)
+                own = {name: values[n][g] for name, values in now.items()}
+                totals[n] += _scaled(_multiplied(packed, x, g, plan), own, sums[g], c)
         return tuple(totals), then
 
-    specs = [
-        plgpu.BlockSpec(
-            (c.planes, plan.size // plan.chunk, tiles.rows, plan.chunk),
-            lambda k: (0, first + k, i, 0),
-            transforms=swizzled(plan.chunk, parts["x"].dtype),
-        ),
-        plgpu.BlockSpec(
-            (None, tiles.out, plan.size),
-            lambda k: (expert, j, first + k),
-            transforms=swizzled(plan.size, parts["codes"].dtype),
-        ),
-    ]
     zeros = tuple(jnp.zeros((HEIGHT, tiles.rows), jnp.float32) for _ in slabs)
-    run = plgpu.emit_pipeline(
-        step, grid=(plan.steps,), in_specs=specs, max_concurrent_steps=tiles.stages, init_carry=(zeros, wide(0))
-    )
-    totals, _ = run(parts["x"], parts["codes"])
-    if c.scale and not c.group:
-        totals = [
-            total
-            * _wide(
-                _vector(parts["scale"].at[expert, 0, pl.ds(j * tiles.out + n * HEIGHT, HEIGHT)], 1, plan), total, 0
-            )
-            for n, total in enumerate(totals)
-        ]
-    return list(totals)
+    specs = _blocks(parts, plan, lambda k: (0, first + k, i, 0), lambda k: (expert, j, first + k))
+    how = dict(max_concurrent_steps=tiles.stages, init_carry=(zeros, wide(jnp.int32(0))))
+    totals, _ = plgpu.emit_pipeline(step, grid=(plan.steps,), in_specs=specs, **how)(parts["x"], parts["codes"])
+    if not c.scale or c.group:
+        return list(totals)
+    scale = [_vector(parts["scale"].at[expert, 0, rows], 1, plan) for rows in below]
+    return [total * _wide(own, total, 0) for total, own in zip(totals, scale, strict=True)]
+
+
+def _blocks(parts: dict, plan: _Plan, at_x, at_codes) -> list[plgpu.BlockSpec]:
+    """What of x and of the codes a step works on, where the functions of its number say."""
+    x = (plan.c.planes, plan.size // plan.chunk, plan.tiles.rows, plan.chunk)
+    codes = (None, plan.tiles.out, plan.size)
+    return [
+        plgpu.BlockSpec(x, at_x, transforms=swizzled(plan.chunk, parts["x"].dtype)),
+        plgpu.BlockSpec(codes, at_codes, transforms=swizzled(plan.size, parts["codes"].dtype)),
+    ]
 
 
 def _slab(n: int) -> slice:

@@ -1,7 +1,7 @@
 """Attention of a few queries over a long cache on Hopper (compute capability 9.0), in Mosaic GPU.
 
-Keys and values stream through shared memory by the copy engine, and both products are the tensor cores' (wgmma), with
-the queries of a kv head filled up to the 64 rows that they take: reading the cache takes longer than that.
+Keys and values stream through shared memory by the copy engine, and both products are the tensor cores' (wgmma),
+with the queries of a kv head filled up to the 64 rows that they take: reading the cache takes longer than that.
 """
 
 from __future__ import annotations

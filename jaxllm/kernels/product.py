@@ -72,8 +72,12 @@ def _fits_hopper(x: Array, w: Array | QTensor, rows: int) -> str | None:
         return f"on Hopper it multiplies bfloat16, not {other[0]}"
     if rows > 64:
         return f"on Hopper it takes 1 to 64 rows, not {rows}"
-    if N % 64 or c.columns % (32 * c.planes):
-        return f"tiles on Hopper have 64 rows and {32 * c.planes} columns of a weight, which do not divide {N}x{c.columns}"
+    if N % 64 or c.columns % (columns := 32 * c.planes):
+        return (
+            f"tiles on Hopper have 64 rows and {columns} columns of a weight, which do not divide {N}x{c.columns}"
+        )
+    if not 0 <= c.center <= 128 // (16 if c.planes == 2 else 1):
+        return f"on Hopper a code's zero is among the lower half of the codes, not at {c.center}"
     if c.group and c.group & (c.group - 1):
         return f"tiles on Hopper are powers of two, and groups have {c.group} columns"
     return None
