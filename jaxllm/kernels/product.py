@@ -67,12 +67,13 @@ def _fits_gpu(w: Array | QTensor) -> str | None:
 
 def _fits_hopper(x: Array, w: Array | QTensor, rows: int) -> str | None:
     c, N = coding.coding(w), w.shape[-2]
+    columns = 32 * c.planes
     plain = None if isinstance(w, QTensor) else w.dtype
     if other := [dtype for dtype in (x.dtype, plain) if dtype not in (None, jnp.bfloat16)]:
         return f"on Hopper it multiplies bfloat16, not {other[0]}"
     if rows > 64:
         return f"on Hopper it takes 1 to 64 rows, not {rows}"
-    if N % 64 or c.columns % (columns := 32 * c.planes):
+    if N % 64 or c.columns % columns:
         return (
             f"tiles on Hopper have 64 rows and {columns} columns of a weight, which do not divide {N}x{c.columns}"
         )
