@@ -417,6 +417,9 @@ def test_what_was_tuned_is_found_again(pretended):
 
 
 def test_candidates_begin_with_the_default_and_never_repeat():
+    assert {platform: set(table) for platform, table in tune.TRIED.items()} == {
+        platform: set(table) for platform, table in tiles.DEFAULTS.items()
+    }
     for platform, table in tune.TRIED.items():
         for op in table:
             tried = list(tune.candidates(platform, op, 20))

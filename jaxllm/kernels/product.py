@@ -79,8 +79,8 @@ def _fits_hopper(x: Array, w: Array | QTensor, rows: int) -> str | None:
         )
     if not 0 <= c.center <= 128 // (16 if c.planes == 2 else 1):
         return f"on Hopper a code's zero is among the lower half of the codes, not at {c.center}"
-    if c.group and c.group & (c.group - 1):
-        return f"tiles on Hopper are powers of two, and groups have {c.group} columns"
+    if c.group and (c.group & (c.group - 1) or c.group > 256):
+        return f"tiles on Hopper have powers of two up to 256, and groups have {c.group} columns"
     return None
 
 

@@ -45,6 +45,7 @@ TRIED = {
             rows=(8, 16, 32, 64), out=(64, 128), columns=(128, 256, 512), split=(1, 4, 8), stages=(2, 4)
         ),
         "grouped": dict(rows=(8, 16, 32, 64), out=(64, 128), columns=(128, 256, 512), stages=(2, 4)),
+        "attend": dict(columns=(64, 128), split=(8, 32, 64), stages=(2, 3)),
     },
 }
 PACE = 0.02  # seconds that a measurement takes at least
@@ -127,7 +128,7 @@ def _fastest(
     for tried in candidates(platform, op, rows):
         try:
             took = seconds(lambda x, *args, how=tried: run(x, *args, platform=platform, tiles=how), x, *args)
-        except jax.errors.JaxRuntimeError as error:  # it does not fit the device's memory
+        except (jax.errors.JaxRuntimeError, ValueError) as error:  # it does not fit the device's memory
             report(f"{key}: {tried} does not run ({str(error).splitlines()[0][:60]})")
             continue
         if took < best:
