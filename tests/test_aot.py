@@ -16,11 +16,22 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm import kernels, ops
+from jaxllm.kernels import attention, dense, grouped
 from jaxllm.quant import encode, named
 
-COMPILERS = {"tpu": "libtpu", "cuda": "jax_plugins.xla_cuda12"}
-CALLS = {"tpu": "tpu_custom_call", "cuda": "__gpu$xla.gpu.triton"}
-TARGETS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v6e": "v6e:2x2", "h100": "h100"}
+CUDA = next(
+    (f"jax_plugins.xla_cuda{n}" for n in (12, 13) if importlib.util.find_spec(f"jax_cuda{n}_plugin")),
+    "jax_plugins.xla_cuda12",
+)
+COMPILERS = {"tpu": "libtpu", "cuda": CUDA, "hopper": CUDA}
+CALLS = {"tpu": "tpu_custom_call", "cuda": "__gpu$xla.gpu.triton", "hopper": "mosaic_gpu_v2"}
+TARGETS = {  # the kind of kernels, and the machine
+    "v4": ("tpu", "v4:2x2x1"),
+    "v5e": ("tpu", "v5e:2x2"),
+    "v6e": ("tpu", "v6e:2x2"),
+    "h100": ("cuda", "h100"),
+    "h100-mosaic": ("hopper", "h100"),
+}
 # What the compiler asks of a device: the fields of XLA's GpuTargetConfigProto, as an H100 reports them.
 H100 = """
 gpu_device_info {
@@ -63,22 +74,24 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
 @pytest.fixture(scope="module", params=TARGETS)
 def target(request):
     """(platform, placement on one of its devices), or a skip where its compiler is not installed."""
-    platform = "cuda" if request.param == "h100" else "tpu"
+    platform, machine = TARGETS[request.param]
     package = COMPILERS[platform].split(".")[0]
     if not importlib.util.find_spec(package) or not importlib.util.find_spec(COMPILERS[platform]):
         assert not os.environ.get("JAXLLM_AOT"), f"JAXLLM_AOT is set, and {COMPILERS[platform]} is not installed"
         pytest.skip(f"{COMPILERS[platform]} is not installed")
     jax.devices("cpu")
-    more = dict(topology="1x1x1", target_config=H100) if platform == "cuda" else {}
-    found = topologies.get_topology_desc(TARGETS[request.param], platform, **more)
+    more = dict(topology="1x1x1", target_config=H100) if machine == "h100" else {}
+    found = topologies.get_topology_desc(machine, kernels.LOWERED[platform], **more)
     return platform, NamedSharding(Mesh(np.array(found.devices[:1]), ("x",)), PartitionSpec())
 
 
-def compiled(target, f, *args):
-    """The program of f on the target; it has exactly one kernel."""
+def compiled(target, module, f, *args):
+    """The program of f on the target; it has exactly one kernel. Skipped where Hopper has none but Triton's."""
     platform, place = target
+    if platform == "hopper" and (reason := module.refuses(*args[: 3 if module is attention else 2], platform)):
+        pytest.skip(f"left to Triton: {reason}")
     args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), args)
-    with kernels.compiled_for(platform):
+    with kernels.compiled_for(platform), jax.sharding.use_abstract_mesh(place.mesh.abstract_mesh):
         made = jax.jit(lambda *a: f(*a)).lower(*args).compile()
     assert made.as_text().count(f'custom_call_target="{CALLS[platform]}"') == 1
     return made
@@ -102,13 +115,15 @@ def test_products(target, case):
     name, n, k, rows = case
     left_out(target, case)
     x = jax.ShapeDtypeStruct((rows, k), jnp.bfloat16)
-    made = compiled(target, ops.matmul, x, weight(name, n, k))
+    made = compiled(target, dense, ops.matmul, x, weight(name, n, k))
     # The weight is never expanded, which would take 2 n k: there is room for the rows and f32 products alone.
     assert made.memory_analysis().temp_size_in_bytes < n * k // 2 + rows * (8 * k + 4 * n * (rows > 64))
 
 
 def test_products_of_f32(target):
-    compiled(target, ops.matmul, jax.ShapeDtypeStruct((8, 4096), jnp.float32), weight("q4f16_1", 4096, 4096))
+    compiled(
+        target, dense, ops.matmul, jax.ShapeDtypeStruct((8, 4096), jnp.float32), weight("q4f16_1", 4096, 4096)
+    )
 
 
 @pytest.mark.parametrize("shape", HEADS, ids=str)
@@ -118,9 +133,9 @@ def test_attention(target, shape):
     args = array(B, T, K, G, h), array(B, K, S, h), array(B, K, S, h), array(B, T, S, dtype=jnp.bool)
     if B == 1 and S == 4096:
         capped = lambda q, k, v, m, sinks: ops.attend(q, k, v, m, sinks=sinks, scale=0.1, softcap=30.0)
-        compiled(target, capped, *args, array(K, G, dtype=jnp.float32))
+        compiled(target, attention, capped, *args, array(K, G, dtype=jnp.float32))
     else:
-        compiled(target, partial(ops.attend, scale=0.1), *args)
+        compiled(target, attention, partial(ops.attend, scale=0.1), *args)
 
 
 @pytest.mark.parametrize(("name", "rows"), EXPERTS, ids=str)
@@ -128,4 +143,4 @@ def test_experts(target, name, rows):
     """The 128 experts of Qwen3-30B-A3B."""
     left_out(target, (name, rows))
     x, expert = jax.ShapeDtypeStruct((rows, 2048), jnp.bfloat16), jax.ShapeDtypeStruct((rows,), jnp.int32)
-    compiled(target, ops.grouped_matmul, x, weight(name, 128, 768, 2048), expert)
+    compiled(target, grouped, ops.grouped_matmul, x, weight(name, 128, 768, 2048), expert)

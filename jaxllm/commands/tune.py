@@ -35,7 +35,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from jaxllm.kernels import tiles, tune
 
-    tune.device()  # refuses here, before anything is read
+    tune.bodies()  # refuses here, before anything is read
     if args.format:
         named(args.format)
     matrices, heads = ([args.shape], []) if args.shape else of_model(args)

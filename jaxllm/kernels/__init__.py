@@ -5,9 +5,8 @@ They are taken where a program is compiled for the accelerator of this process, 
 with nothing but a CPU, no program changes and Pallas is not imported. Derivatives go through the definition in
 `jaxllm.ops`.
 
-JAX recommends Mosaic GPU for Hopper and has deprecated its Triton backend (since 0.11). These kernels use Triton:
-it also serves the GPUs before Hopper, and has one body with the interpreter that tests run. Where a JAX brings it
-no longer, GPUs keep to XLA.
+On Hopper they have bodies in Mosaic GPU ("hopper"); what these refuse, and the other NVIDIA GPUs ("cuda"), get
+Triton, which JAX has deprecated (since 0.11). Where a JAX brings it no longer, that is left to XLA.
 
 Environment: JAXLLM_PALLAS=off keeps to XLA.
 """
@@ -30,18 +29,22 @@ from jaxllm.quant import QTensor
 
 Array = jax.Array
 
-PLATFORMS = ("tpu", "cuda")  # as `lax.platform_dependent` calls them
+# The bodies for each kind of machine, the best first, and what `lax.platform_dependent` calls the machine.
+BODIES = {"tpu": ("tpu",), "cuda": ("cuda",), "hopper": ("hopper", "cuda")}
+LOWERED = {"tpu": "tpu", "cuda": "cuda", "hopper": "cuda"}
 _WANTED = jax.make_user_context(())  # part of the key of every jitted program
 
 
 def compiled_for(*platforms: str) -> AbstractContextManager[None]:
-    """Within it, programs are traced with the kernels of these platforms ("tpu", "cuda"), present or not.
+    """Within it, programs are traced with the kernels of these platforms, present or not.
 
-    A program exported for several platforms at once must have none: wrap it in `ops.portable()` instead.
-    Raises JaxllmError for another name.
+    "tpu"; "cuda", any NVIDIA GPU; "hopper", those of compute capability 9.0 alone. A program exported for several
+    platforms at once must have none: wrap it in `ops.portable()` instead. Raises JaxllmError for another name.
+    Where there is no GPU, JAX from 0.11 on lowers Triton's only within `jax.sharding.use_abstract_mesh` of a mesh
+    with an `AbstractDevice`.
     """
-    if unknown := [name for name in platforms if name not in PLATFORMS]:
-        raise JaxllmError(f"kernels exist for {' and '.join(PLATFORMS)}, not for {unknown[0]!r}")
+    if unknown := [name for name in platforms if name not in BODIES]:
+        raise JaxllmError(f"kernels exist for {', '.join(BODIES)}, not for {unknown[0]!r}")
     return _WANTED(tuple(platforms))
 
 
@@ -69,23 +72,42 @@ def _setting() -> str:
 @functools.cache
 def _absent() -> str | None:
     """Why the devices of this process get no kernels."""
-    if present() not in PLATFORMS:
+    if present() not in BODIES:
         return "there is no TPU and no NVIDIA GPU here"
     if len(jax.devices()) > 1:
         return "there are several accelerators here, and XLA cannot split a kernel between them"
-    if present() == "cuda" and importlib.util.find_spec("jax.experimental.pallas.triton") is None:
+    if not bodies():
         return f"JAX {jax.__version__} has no Triton backend"
     if present() == "cuda" and tiles.capability() < 8:
         return f"Triton needs compute capability 8.0 (Ampere), and this GPU has {tiles.capability()}"
     return None
 
 
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
+
+
+@functools.cache
+def _has_mosaic() -> bool:
+    """JAX 0.10 imports absl for it, and does not ask for it when it is installed."""
+    return jax.__version_info__ >= (0, 11) or importlib.util.find_spec("absl") is not None
+
+
 def present() -> str:
-    """What `lax.platform_dependent` calls the platform of this process's devices."""
+    """The kind of this process's devices: "tpu", "hopper", "cuda" (another NVIDIA GPU), "cpu", ..."""
     device = jax.devices()[0]
-    if device.platform == "gpu":
-        return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
-    return device.platform
+    if device.platform != "gpu":
+        return device.platform
+    if "rocm" in device.client.platform_version.lower():
+        return "rocm"
+    return "hopper" if tiles.capability() == 9 else "cuda"
+
+
+def bodies() -> tuple[str, ...]:
+    """Whose kernels are taken in this process, the best first: each is a `platform` of the kernels' functions."""
+    there = {"tpu": True, "cuda": _has_triton(), "hopper": _has_mosaic()}
+    return tuple(dict.fromkeys(name for kind in _platforms() for name in BODIES[kind] if there[name]))
 
 
 def _platforms() -> tuple[str, ...]:
@@ -139,17 +161,19 @@ def _module(name: str) -> ModuleType:
 
 
 def _refuses_everywhere(name: str, *args: Array | QTensor) -> str | None:
-    reasons = [_module(name).refuses(*args, platform) for platform in _platforms()]
-    return reasons[0] if all(reasons) else None
+    reasons = [_module(name).refuses(*args, body) for body in bodies()]
+    return reasons[-1] if reasons and all(reasons) else None
 
 
 def _fitting(name: str, *args: Array | QTensor) -> tuple[str, ...]:
-    return tuple(platform for platform in _platforms() if not _module(name).refuses(*args, platform))
+    """The bodies that take these arguments, of each platform the best."""
+    taking = [body for body in reversed(bodies()) if not _module(name).refuses(*args, body)]
+    return tuple({LOWERED[body]: body for body in taking}.values())
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def _either(kernel: Callable, platforms: tuple[str, ...], otherwise: Callable, *args) -> Array:
-    kernels = {platform: functools.partial(kernel, platform=platform) for platform in platforms}
+    kernels = {LOWERED[body]: functools.partial(kernel, platform=body) for body in platforms}
     return lax.platform_dependent(*args, **kernels, default=otherwise)
 
 

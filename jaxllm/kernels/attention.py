@@ -34,6 +34,9 @@ def refuses(q: Array, k: Array, v: Array, platform: str) -> str | None:
     if T * G > MOST_ROWS or not B * T * G:
         return f"it takes 1 to {MOST_ROWS} queries of a kv head, not {B * T * G}"
     S = k.shape[2]
+    if platform == "hopper" and (q.dtype != jnp.bfloat16 or S % 64 or h not in (64, 128)):
+        taken = "bfloat16, heads of 64 or 128, and a multiple of 64 slots"
+        return f"on Hopper it takes {taken}, not {q.dtype}, {h} and {S}"
     if platform == "cuda" and (S % 16 or h & (h - 1) or not 16 <= h <= 256):
         return f"on a GPU it takes heads of 16 to 256, a power of two, and a multiple of 16 slots, not {h} and {S}"
     return None
@@ -61,7 +64,7 @@ def attend(
     fill = -(T * G) % 16
     rows = jnp.pad(q.transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, h), ((0, 0), (0, 0), (0, fill), (0, 0)))
     seen = mask if T == 1 else jnp.pad(jnp.repeat(mask, G, 1), ((0, 0), (0, fill), (0, 0)))
-    run = {"tpu": _on_tpu, "cuda": _on_gpu}[platform]
+    run = {"tpu": _on_tpu, "cuda": _on_gpu, "hopper": _on_hopper}[platform]
     scores = functools.partial(_scores, scale=scale, softcap=softcap)
     sums, highest, total = (
         a[..., : T * G, :] for a in run(rows, k, v, seen.astype(jnp.int8), scores, tiles, interpret)
@@ -95,21 +98,29 @@ def _span(seen: Array, size: int) -> Array:
 # ---- inside a kernel --------------------------------------------------------------------------------------
 
 
-def _scores(q: Array, k: Array, *, scale: float, softcap: float | None) -> Array:
-    """Logits f32 [R, slots] of q [R, h] over k [slots, h]."""
-    scores = dot(q, k, transposed=True) * scale
+def _scores(products: Array, *, scale: float, softcap: float | None) -> Array:
+    """Logits of products of queries and keys, f32 [R, slots]."""
+    scores = products * scale
     return jnp.tanh(scores / softcap) * softcap if softcap else scores
 
 
-def _step(scores: Array, v: Array, seen: Array, state: tuple) -> tuple:
-    """(sums [R, h], highest [R, 1], total [R, 1]) with one block of slots more."""
+def _step(scores: Array, mix, seen: Array, state: tuple, *, keepdims: bool = True) -> tuple:
+    """(sums [R, h], highest [R, 1], total [R, 1]) with one block of slots more; mix(powers) are its sums.
+
+    keepdims False: highest and total are vectors [R].
+    """
+    wide = lambda x, like: x if keepdims else lax.broadcast_in_dim(x, like.shape, (0,))
     sums, highest, total = state
     scores = jnp.where(seen, scores, LOWEST)
-    new = jnp.maximum(highest, scores.max(-1, keepdims=True))
-    powers = jnp.where(seen, jnp.exp(scores - new), 0.0)
+    new = jnp.maximum(highest, scores.max(-1, keepdims=keepdims))
+    powers = jnp.where(seen, jnp.exp(scores - wide(new, scores)), 0.0)
     less = jnp.exp(highest - new)
-    sums = sums * less + dot(powers.astype(v.dtype), v)
-    return sums, new, total * less + powers.sum(-1, keepdims=True)
+    sums = sums * wide(less, sums) + mix(powers)
+    return sums, new, total * less + powers.sum(-1, keepdims=keepdims)
+
+
+def _mixed(values: Array):
+    return lambda powers: dot(powers.astype(values.dtype), values)
 
 
 # ---- TPU --------------------------------------------------------------------------------------------------
@@ -156,9 +167,9 @@ def _tpu_body(span, q, k, v, seen, sums, highest, total, *, scores, S: int):
             visible &= at * size + lax.broadcasted_iota(jnp.int32, visible.shape, 1) < S
             inside = at * size + lax.broadcasted_iota(jnp.int32, values.shape, 0) < S
             values = jnp.where(inside, values, 0).astype(values.dtype)
-        logits = scores(q[...], k[...])
+        logits = scores(dot(q[...], k[...], transposed=True))
         state = sums[...], highest[:, :1], total[:, :1]
-        made = _step(logits, values, jnp.broadcast_to(visible, logits.shape), state)
+        made = _step(logits, _mixed(values), jnp.broadcast_to(visible, logits.shape), state)
         sums[...] = made[0]
         highest[...] = jnp.broadcast_to(made[1], highest.shape)
         total[...] = jnp.broadcast_to(made[2], total.shape)
@@ -197,10 +208,10 @@ def _gpu_body(span, q, k, v, seen, sums, highest, total, *, scores, size: int):
 
     def step(at, state):
         slots = pl.ds(at * size, size)
-        logits = scores(queries, k[b, n, slots])
+        logits = scores(dot(queries, k[b, n, slots], transposed=True))
         visible = seen[b, :, slots] if seen.shape[1] > 1 else seen[b, 0, slots][None]
         visible = jnp.broadcast_to(visible.astype(jnp.int32) != 0, logits.shape)
-        return _step(logits, v[b, n, slots], visible, state)
+        return _step(logits, _mixed(v[b, n, slots]), visible, state)
 
     first, end = span[0, b], span[1, b]
     each = lax.div(end - first + pl.num_programs(2) - 1, pl.num_programs(2))
@@ -208,3 +219,12 @@ def _gpu_body(span, q, k, v, seen, sums, highest, total, *, scores, size: int):
     empty = jnp.zeros((R, h), jnp.float32), jnp.full((R, 1), LOWEST, jnp.float32), jnp.zeros((R, 1), jnp.float32)
     made = lax.fori_loop(start, jnp.minimum(start + each, end), step, empty)
     sums[z, b, n], highest[z, b, n], total[z, b, n] = made[0], made[1][:, 0], made[2][:, 0]
+
+
+# ---- Hopper -----------------------------------------------------------------------------------------------
+
+
+def _on_hopper(*args) -> list[Array]:
+    from jaxllm.kernels import hopper_attention
+
+    return hopper_attention.attend(*args)

@@ -89,21 +89,22 @@ def coding(w: Array | QTensor) -> Coding:
     )
 
 
-def operands(w: Array | QTensor) -> dict[str, Array]:
+def operands(w: Array | QTensor, *, halves: bool = False) -> dict[str, Array]:
     """The parts that kernels read: codes [.., N, width], scale and zero [.., N, groups].
 
-    A scale for each row comes as f32 [.., 1, N], so that it lies along a product's columns.
+    A scale for each row comes as f32 [.., 1, N], so that it lies along a product's columns. `halves`: the kernel
+    reads float16 as it is.
     """
     if not isinstance(w, QTensor):
         return {"codes": w}
     parts = {"codes": w.codes, "scale": w.scale, **({} if w.zero is None else {"zero": w.zero})}
     if w.scale.shape[-1] == 1:
         return parts | {"scale": w.scale.astype(jnp.float32).swapaxes(-1, -2)}
-    return {name: _as_integers(part) if name != "codes" else part for name, part in parts.items()}
+    return {name: _as_integers(part, halves) if name != "codes" else part for name, part in parts.items()}
 
 
-def _as_integers(x: Array) -> Array:
-    kind = AS_INTEGERS.get(x.dtype.name)
+def _as_integers(x: Array, halves: bool) -> Array:
+    kind = None if halves and x.dtype == jnp.float16 else AS_INTEGERS.get(x.dtype.name)
     return lax.bitcast_convert_type(x, kind) if kind else x
 
 
@@ -118,7 +119,7 @@ def planes(x: Array, c: Coding, width: int) -> Array:
 
 def numbers(x: Array, dtype: str) -> Array:
     """Scales or zeros of that dtype, as `operands` has them, in f32."""
-    if dtype == "float16":
+    if dtype == "float16" and x.dtype != jnp.float16:
         return _half(x.astype(jnp.int32))
     if dtype == "float8_e8m0fnu":
         return _power(x.astype(jnp.int32))
@@ -157,6 +158,50 @@ def _e2m1(codes: Array) -> Array:
     normal = lax.bitcast_convert_type((magnitude + (126 << 1)) << 22, jnp.float32)
     x = jnp.where(magnitude < 2, magnitude.astype(jnp.float32) * 0.5, normal)
     return jnp.where(codes > 7, -x, x)
+
+
+def unit(plane: int, c: Coding) -> int:
+    """How many times the levels of a plane `exact` gives, a power of two."""
+    high = 16**plane if c.planes == 2 else 1
+    return 2 * high if c.levels == "e2m1" else high
+
+
+def exact(codes: Array, plane: int, c: Coding) -> Array:
+    """`levels` times `unit`, in bfloat16, without a rounding and without leaving pairs of 16 bits.
+
+    A GPU works on two of these at a time, but shifts and converts one by one: so the high half of a byte stays
+    where it is, and 7 bits become the mantissa of 128, then a number by a difference (Kim et al., arXiv
+    2211.10017). Exact for a center from 0 to half of the levels.
+    """
+    if codes.dtype in (jnp.float8_e4m3fn, jnp.float8_e5m2):  # the only way that Hopper has
+        return codes.astype(jnp.float16).astype(jnp.float32).astype(jnp.bfloat16)
+    if c.levels == "float":
+        return codes.astype(jnp.bfloat16)
+    if codes.dtype == jnp.int8:
+        return codes.astype(jnp.bfloat16) - c.center
+    x, high = codes.astype(jnp.int16), 16**plane if c.planes == 2 else 1
+    if c.levels == "e2m1":
+        return _exact_e2m1(x, high)
+    if c.planes == 2 and not plane:
+        return _embedded(x, 15) - (128 + c.center)
+    low, top = _embedded(x, 0x70 if c.planes == 2 else 0x7F), _embedded(x, 0x80)
+    base = 256 + c.center * high  # what both have too much; it is a bfloat16 unless odd
+    return low + (top - base) if base % 2 == 0 else (low - (base - 128)) + (top - 128)
+
+
+def _exact_e2m1(x: Array, high: int) -> Array:
+    """Twice `high` times the numbers: their magnitudes rise by 1, from the code 4 on by 2, from 6 on by 4."""
+    code = _embedded(x, 7 * high) - 128
+    y = code + jnp.maximum(code, 4 * high)
+    most = jnp.maximum(code, 6 * high)
+    y = y + (most + most - 16 * high)
+    sign = lax.bitcast_convert_type((132 if high == 1 else 192) - _embedded(x, 8 * high), jnp.int16)
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(y, jnp.int16) ^ (sign & -(2**15)), jnp.bfloat16)
+
+
+def _embedded(x: Array, mask: int) -> Array:
+    """i16 bits in bf16: 128 plus the low 7 bits of the mask; of the eighth alone 128, or 256 where it is set."""
+    return lax.bitcast_convert_type((x & mask) | 0x4300, jnp.bfloat16)
 
 
 def weights(codes: Array, plane: int, c: Coding, wide: dict[str, Array], dtype: jnp.dtype) -> Array:

@@ -21,13 +21,14 @@ def refuses(x: Array, w: QTensor, platform: str) -> str | None:
         return f"it multiplies float32 and bfloat16, not {x.dtype}"
     if w.ndim != 2 or not x.shape[0]:
         return f"it multiplies rows by a matrix, not {list(x.shape)} by {list(w.shape)}"
-    return coding.refuses(w) or fits(w, platform)
+    return coding.refuses(w) or fits(x, w, x.shape[0], platform)
 
 
 def matmul(x: Array, w: QTensor, *, platform: str, tiles: Tiles | None = None, interpret: bool = False) -> Array:
     """x [M, in] times w [out, in] transposed -> f32 [M, out], expanded in registers and added in f32.
 
-    platform is "tpu" or "cuda"; interpret runs it anywhere, slowly.
+    platform is "tpu", "cuda" or "hopper"; interpret runs it anywhere, slowly: True, or for "hopper" an
+    `InterpretGPUParams` of JAX.
     """
     x = x if w.order is None else x[:, w.order]
     w = replace(w, order=None, input_scale=None)

@@ -22,9 +22,12 @@ def refuses(x: Array, w: Array | QTensor, platform: str) -> str | None:
         return f"it multiplies float32 and bfloat16, not {x.dtype}"
     if w.ndim != 3 or not x.shape[0]:
         return f"it multiplies rows by experts' matrices, not {list(x.shape)} by {list(w.shape)}"
+    each = -(-x.shape[0] // w.shape[0])
     if not isinstance(w, QTensor):
-        return fits(w, platform) if w.dtype in coding.FLOATS else f"it has no weights of {w.dtype}"
-    return "it keeps the order of columns" if w.order is not None else coding.refuses(w) or fits(w, platform)
+        return fits(x, w, each, platform) if w.dtype in coding.FLOATS else f"it has no weights of {w.dtype}"
+    if w.order is not None:
+        return "it keeps the order of columns"
+    return coding.refuses(w) or fits(x, w, each, platform)
 
 
 def grouped_matmul(

@@ -3,7 +3,7 @@
 
 On TPU the grid walks over tiles of columns and adds in VMEM; the scales of groups are spread over the columns by
 a product with zeros and ones, exactly, since the lanes of a register do not move otherwise. On a GPU every
-program loops over the columns itself, in Triton.
+program loops over the columns itself, in Triton; on Hopper in Mosaic GPU (`hopper.py`).
 """
 
 from __future__ import annotations
@@ -40,15 +40,19 @@ def product(
 
     tiles.rows is the size of a block; owner i32 [I], used i32 [1]: blocks from there on are zeros.
     """
-    c, parts = coding.coding(w), coding.operands(w)
-    call = {"tpu": _on_tpu, "cuda": _on_gpu}[platform]
+    c, parts = coding.coding(w), coding.operands(w, halves=platform == "hopper")
+    call = {"tpu": _on_tpu, "cuda": _on_gpu, "hopper": _on_hopper}[platform]
     return call(x, owner, used, parts, c, tiles, interpret)
 
 
-def fits(w: Array | QTensor, platform: str) -> str | None:
-    """Why the shape of w [.., out, in] does not fit the kernel of that platform; None where it does."""
+def fits(x: Array, w: Array | QTensor, rows: int, platform: str) -> str | None:
+    """Why the kernel of that platform does not take w [.., out, in] with so many rows of x; None where it does."""
     if platform == "tpu":
         return None
+    return _fits_hopper(x, w, rows) if platform == "hopper" else _fits_gpu(w)
+
+
+def _fits_gpu(w: Array | QTensor) -> str | None:
     c, N = coding.coding(w), w.shape[-2]
     if N % 16 or c.columns % 32:
         return f"tiles of a GPU have 16 rows and 32 columns of a weight, which do not divide {N}x{c.columns}"
@@ -58,6 +62,25 @@ def fits(w: Array | QTensor, platform: str) -> str | None:
         return "offsets are of 31 bits, and the weight has more elements"
     if isinstance(w, QTensor) and w.codes.dtype == jnp.float8_e4m3fn and capability() < 8.9:
         return f"float8_e4m3fn needs compute capability 8.9 (Ada), and this GPU has {capability()}"
+    return None
+
+
+def _fits_hopper(x: Array, w: Array | QTensor, rows: int) -> str | None:
+    c, N = coding.coding(w), w.shape[-2]
+    columns = 32 * c.planes
+    plain = None if isinstance(w, QTensor) else w.dtype
+    if other := [dtype for dtype in (x.dtype, plain) if dtype not in (None, jnp.bfloat16)]:
+        return f"on Hopper it multiplies bfloat16, not {other[0]}"
+    if rows > 64:
+        return f"on Hopper it takes 1 to 64 rows, not {rows}"
+    if N % 64 or c.columns % columns:
+        return (
+            f"tiles on Hopper have 64 rows and {columns} columns of a weight, which do not divide {N}x{c.columns}"
+        )
+    if not 0 <= c.center <= 128 // (16 if c.planes == 2 else 1):
+        return f"on Hopper a code's zero is among the lower half of the codes, not at {c.center}"
+    if c.group and (c.group & (c.group - 1) or c.group > 256):
+        return f"tiles on Hopper have powers of two up to 256, and groups have {c.group} columns"
     return None
 
 
@@ -219,3 +242,12 @@ def _repeated(x: Array, size: int) -> Array:
     """x [out, groups] -> [out, size]: every scale as often as its group has columns."""
     out, groups = x.shape
     return jnp.broadcast_to(x[:, :, None], (out, groups, size // groups)).reshape(out, size)
+
+
+# ---- Hopper -----------------------------------------------------------------------------------------------
+
+
+def _on_hopper(*args) -> Array:
+    from jaxllm.kernels import hopper
+
+    return hopper.product(*args)

@@ -24,7 +24,7 @@ class Tiles:
     out: int  # rows of the weight
     columns: int  # columns of both
     split: int = 1  # programs that share one tile's columns and are added up (GPU)
-    warps: int = 4  # of 32 threads (GPU)
+    warps: int = 4  # of 32 threads (GPU; on Hopper always 4)
     stages: int = 3  # loads in flight (GPU)
 
 
@@ -55,14 +55,34 @@ DEFAULTS = {
         ),
         "attend": ((MOST, Tiles(0, 0, 64, split=64, warps=4, stages=2)),),
     },
+    "hopper": {
+        "matmul": (
+            (8, Tiles(8, 64, 256, split=8, stages=4)),
+            (16, Tiles(16, 64, 256, split=8, stages=4)),
+            (32, Tiles(32, 64, 128, split=8, stages=4)),
+            (MOST, Tiles(64, 64, 128, split=4, stages=4)),
+        ),
+        "grouped": (
+            (8, Tiles(8, 64, 256, stages=4)),
+            (16, Tiles(16, 64, 256, stages=4)),
+            (32, Tiles(32, 64, 128, stages=4)),
+            (MOST, Tiles(64, 64, 128, stages=4)),
+        ),
+        "attend": ((MOST, Tiles(0, 0, 64, split=64, stages=3)),),
+    },
 }
 PROGRAMS = 264  # two for each multiprocessor of an H100: columns are split no further
 
 
 def chosen(op: str, platform: str, key: str, rows: int) -> Tiles:
     """The tiles of an operation: those stored for `key` on this kind of device, or the defaults for `rows`."""
-    found = stored().get(_kind(platform), {}).get(f"{op} {key} {bucket(rows)}")
+    found = stored().get(_kind(platform), {}).get(name(op, platform, key, rows))
     return found or next(tiles for most, tiles in DEFAULTS[platform][op] if rows <= most)
+
+
+def name(op: str, platform: str, key: str, rows: int) -> str:
+    """What tiles are stored under: a GPU of Hopper has two bodies for some operations."""
+    return f"{'hopper ' if platform == 'hopper' else ''}{op} {key} {bucket(rows)}"
 
 
 def bucket(rows: int) -> int:
@@ -72,8 +92,8 @@ def bucket(rows: int) -> int:
 
 def _kind(platform: str) -> str:
     device = jax.devices()[0]
-    here = {"gpu": "cuda"}.get(device.platform, device.platform)
-    return device.device_kind if here == platform else platform
+    here = {"gpu": ("cuda", "hopper")}.get(device.platform, (device.platform,))
+    return device.device_kind if platform in here else platform
 
 
 def capability() -> float:

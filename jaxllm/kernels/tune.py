@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,13 @@ TRIED = {
         ),
         "grouped": dict(rows=(16, 32, 64, 128), out=(32, 64, 128), columns=(64, 128), warps=(4, 8), stages=(2, 4)),
         "attend": dict(columns=(32, 64, 128), split=(8, 32, 64), warps=(4, 8), stages=(1, 2, 3)),
+    },
+    "hopper": {
+        "matmul": dict(
+            rows=(8, 16, 32, 64), out=(64, 128), columns=(128, 256, 512), split=(1, 4, 8), stages=(2, 4)
+        ),
+        "grouped": dict(rows=(8, 16, 32, 64), out=(64, 128), columns=(128, 256, 512), stages=(2, 4)),
+        "attend": dict(columns=(64, 128), split=(8, 32, 64), stages=(2, 3)),
     },
 }
 PACE = 0.02  # seconds that a measurement takes at least
@@ -77,11 +85,10 @@ def tune_product(
     else:
         expert = jnp.sort(jnp.arange(rows, dtype=jnp.int32) % shape[0])
         args, op, module, each = (w, expert), "grouped", grouped, -(-rows // shape[0])
-    if reason := module.refuses(x, w, device()):
-        report(f"{op} {list(shape)}: not tuned, {reason}")
+    if not (platform := _taking(f"{op} {list(shape)}", report, module, x, w)):
         return {}
     run = dense.matmul if len(shape) == 2 else grouped.grouped_matmul
-    return _fastest(op, f"{op} {dense.key(w)} {tiles.bucket(each)}", each, run, x, args, report)
+    return _fastest(op, platform, dense.key(w), each, run, x, args, report)
 
 
 def tune_attend(shape: tuple[int, ...], *, report: Callable[[str], None] = print) -> dict[str, Tiles]:
@@ -91,27 +98,37 @@ def tune_attend(shape: tuple[int, ...], *, report: Callable[[str], None] = print
     """
     B, T, K, G, h, S = shape
     q, k = jnp.zeros((B, T, K, G, h), jnp.bfloat16), jnp.zeros((B, K, S, h), jnp.bfloat16)
-    if reason := attention.refuses(q, k, k, device()):
-        report(f"attend {list(shape)}: not tuned, {reason}")
+    if not (platform := _taking(f"attend {list(shape)}", report, attention, q, k, k)):
         return {}
     run = lambda q, *args, **how: attention.attend(q, *args, scale=0.1, **how)
-    key = f"attend bfloat16 h{h} S{S} {tiles.bucket(T * G)}"
-    return _fastest("attend", key, T * G, run, q, (k, k, jnp.ones((B, T, S), bool)), report)
+    key = f"bfloat16 h{h} S{S}"
+    return _fastest("attend", platform, key, T * G, run, q, (k, k, jnp.ones((B, T, S), bool)), report)
 
 
-def device() -> str:
-    """The platform whose kernels are tuned here. Raises JaxllmError where there is none."""
+def bodies() -> tuple[str, ...]:
+    """Whose kernels are tuned here, the best first. Raises JaxllmError where there are none."""
     if reason := kernels.unavailable():
         raise JaxllmError(f"tile sizes are tuned on the accelerator they are for: {reason}")
-    return kernels.present()
+    return kernels.bodies()
 
 
-def _fastest(op: str, key: str, rows: int, run: Callable, x: Array, args: tuple, report) -> dict[str, Tiles]:
-    best, found = float("inf"), {}
-    for tried in candidates(device(), op, rows):
+def _taking(what: str, report: Callable[[str], None], module: ModuleType, *args) -> str | None:
+    """The body of `module`'s operation that is taken here; None, reported, where all refuse."""
+    reasons = {platform: module.refuses(*args, platform) for platform in bodies()}
+    if taking := [platform for platform, reason in reasons.items() if reason is None]:
+        return taking[0]
+    report(f"{what}: not tuned, {list(reasons.values())[-1]}")
+    return None
+
+
+def _fastest(
+    op, platform: str, key: str, rows: int, run: Callable, x: Array, args: tuple, report
+) -> dict[str, Tiles]:
+    best, found, key = float("inf"), {}, tiles.name(op, platform, key, rows)
+    for tried in candidates(platform, op, rows):
         try:
-            took = seconds(lambda x, *args, how=tried: run(x, *args, platform=device(), tiles=how), x, *args)
-        except jax.errors.JaxRuntimeError as error:  # it does not fit the device's memory
+            took = seconds(lambda x, *args, how=tried: run(x, *args, platform=platform, tiles=how), x, *args)
+        except (jax.errors.JaxRuntimeError, ValueError) as error:  # it does not fit the device's memory
             report(f"{key}: {tried} does not run ({str(error).splitlines()[0][:60]})")
             continue
         if took < best:
