@@ -15,6 +15,7 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxllm import kernels, native
@@ -200,7 +201,7 @@ def _grouped(x: Array, w: Array | QTensor, expert: Array) -> Array:
     whole = lambda x, w, expert, ids: piece(x, w, expert)
     k = "k" if not isinstance(w, QTensor) or w.divisible else "_"
     rule = f"m {k}, e n {k}, m, e -> m n"
-    return split(whole, rule, functools.partial(_of_own_experts, piece))(x, w, expert, jnp.arange(w.shape[0]))
+    return split(whole, rule, functools.partial(_of_own_experts, piece))(x, w, expert, np.arange(w.shape[0]))
 
 
 @functools.partial(_grouped.defjvp, symbolic_zeros=True)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import jax
 import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
+from jax.extend.backend import backends
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 Array = jax.Array
@@ -22,6 +24,7 @@ Terms = list[list[str]]  # the names of the axes of every operand and, last, of 
 Cut = dict[str, tuple[str, ...]]  # the axes of a mesh by which a named axis is cut
 
 WHOLE = "_"
+_ELSEWHERE = jax.make_user_context(False)  # part of the key of every jitted program
 
 
 def split(f: Callable, rule: str, summed: Callable | None = None) -> Callable:
@@ -37,11 +40,24 @@ def split(f: Callable, rule: str, summed: Callable | None = None) -> Callable:
     """
 
     def call(*args):
+        if not _several():
+            return f(*args)
         leaves, tree = jax.tree.flatten(args)
         flat = lambda g: lambda *leaves: g(*jax.tree.unflatten(tree, leaves))
         return _split(flat(f), flat(summed or f), _terms(rule, args), leaves)
 
     return call
+
+
+def meshes() -> AbstractContextManager[None]:
+    """Within it, programs are traced for a mesh even where no platform of this process has several devices: ahead of
+    time, for devices that are elsewhere."""
+    return _ELSEWHERE(True)
+
+
+def _several() -> bool:
+    """Rules cost a third of the time that tracing takes: they are left out where nothing can be split."""
+    return _ELSEWHERE.value or any(platform.device_count() > 1 for platform in backends().values())
 
 
 def _terms(rule: str, args: Sequence) -> Terms:
@@ -64,9 +80,9 @@ def _split(f: Callable, summed: Callable, terms: Terms, args: Sequence[Array]) -
     call = custom_vmap(_partitioned(whole, of_args(f), of_args(summed), longer))
 
     @call.def_vmap
-    def _(size, moves, *args):
+    def _(_, moves, *args):
         axes, name = [0 if m else None for m in moves[n:]], f"v{len(terms[-1])}"
-        many = lambda g: jax.vmap(g, axes, axis_size=size)
+        many = lambda g: jax.vmap(g, axes)
         named = [[name, *term] if m else term for m, term in zip([*moves[n:], True], terms, strict=True)]
         return _split(many(f), many(summed), named, args[n:]), True
 
