@@ -129,14 +129,13 @@ def over_mesh(kind: str, form: str | None, over: Mesh):
     for part in (TOKENS[:, :8], TOKENS[:, 8:]):
         tokens = put(part, over, "data")
         program = step.lower(config, params, tokens, state).compile()
-        logits, state = step(config, params, tokens, state)
+        logits, state = program(params, tokens, state)
         yield np.asarray(logits), program, state
 
 
-CASES = [
-    ("dense", form, shape) for form in (None, "q4f16_1", "int8") for shape in ((1, 2), (1, 4), (2, 1), (2, 2))
-]
-CASES += [("moe", form, shape) for form in (None, "q4f16_1", "int8") for shape in ((1, 4), (2, 2))]
+CASES = [("dense", None, shape) for shape in ((1, 2), (1, 4), (2, 1), (2, 2))]
+CASES += [("dense", "q4f16_1", (1, 4)), ("dense", "q4f16_1", (2, 1)), ("dense", "int8", (2, 2))]
+CASES += [("moe", None, (2, 2)), ("moe", "q4f16_1", (1, 4)), ("moe", "int8", (1, 2))]
 
 
 @pytest.mark.parametrize(("kind", "form", "shape"), CASES, ids=str)
@@ -147,10 +146,10 @@ def test_a_model_over_a_mesh(kind, form, shape):
         if shape[1] == 1:  # rows alone are cut
             np.testing.assert_array_equal(got, want)
         assert moved(program) < smallest(params) / 4
-        sums = sum(
-            name == "all-reduce" and size >= got.shape[1] * 4 // shape[0] * 256 * 4 for name, size in sent(program)
-        )
-        assert sums == (0 if shape[1] == 1 else 5 if form is None else 4)
+        if kind == "dense":  # two sums of activations a layer, and one of the embeddings
+            least = got.shape[1] * 4 // shape[0] * 256 * 4
+            sums = sum(name == "all-reduce" and size >= least for name, size in sent(program))
+            assert sums == (0 if shape[1] == 1 else 5 if form is None else 4)
         assert program.memory_analysis().alias_size_in_bytes >= nbytes(state) // math.prod(shape)
         assert state.layers[0].k.sharding.shard_shape((4, 4, 64, 32)) == (4 // shape[0], 4 // shape[1], 64, 32)
 
@@ -179,20 +178,17 @@ def test_gradients_of_a_model():
     config, params = model("dense", None)
     loss = lambda params, tokens: jaxllm.forward(config, params, tokens)[0].std()
     slopes = jax.jit(jax.grad(loss))
-    want, over = slopes(params, TOKENS), mesh(2, 2)
-    args = placed(params, over), put(TOKENS, over, "data")
-    jax.tree.map(partial(near, most=5e-2), slopes(*args), want)
-    assert moved(slopes.lower(*args).compile()) < smallest(params)
+    over = mesh(2, 2)
+    args = placed(params, over), put(TOKENS[:, :4], over, "data")
+    program = slopes.lower(*args).compile()
+    jax.tree.map(partial(near, most=5e-2), program(*args), slopes(params, TOKENS[:, :4]))
+    assert moved(program) < smallest(params)
 
 
 # ---- products ---------------------------------------------------------------------------------------------
 
 FORMATS = ["q4f16_1", "int8", "int4", "int3_g32", "int6_g32", "uint5_g32", "nf4", "mxfp4", "nvfp4", "fp8_e4m3"]
 FORMATS += ["fp8_e4m3_block", "w8a8"]
-
-
-def product(x, w, out=None):
-    return jax.jit(lambda x, w: jnp.sin(ops.matmul(x, w, out=out)))
 
 
 def pieces(q, over, axis):
@@ -234,7 +230,8 @@ def test_plain_weights(dtype):
     both = put(x, over, "model"), put(w, over, "model")
     np.testing.assert_array_equal(f(*both), want)
     ((name, size),) = sent(f.lower(*both).compile())
-    assert name == "all-gather" and size <= 4 * x.size < 4 * w.size
+    assert name == "all-gather"
+    assert size <= 4 * x.size < 4 * w.size
 
 
 @pytest.mark.parametrize(("name", "columns"), [("q4f16_1", 96), ("q4f16_1", 80), ("int5_g32", 72), ("int8", 50)])
@@ -332,9 +329,8 @@ def test_outside_jit_and_inside_shard_map():
     want = ops.matmul(x, w)
     cut = put(w, over, "model")
     np.testing.assert_array_equal(ops.matmul(x, cut), want)
-    mapped = jax.shard_map(
-        ops.matmul, mesh=over, in_specs=(P(), P("model")), out_specs=P(None, "model"), check_vma=False
-    )
+    specs = dict(in_specs=(P(), P("model")), out_specs=P(None, "model"))
+    mapped = jax.shard_map(ops.matmul, mesh=over, **specs, check_vma=False)
     np.testing.assert_array_equal(jax.jit(mapped)(x, cut), want)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -42,11 +43,10 @@ def test_a_program_for_one_device_has_nothing_of_it():
     with partition.meshes():
         assert "custom_partitioning" in str(jax.make_jaxpr(several)(*arguments()))
         split = jax.jit(several).lower(*arguments())
-    operations = lambda program: sorted(
-        line.split("=")[-1].split("(")[0] for line in program.as_text().splitlines()
-    )
-    unused = ["stablehlo.constant"]  # the experts' numbers
-    assert [o for o in operations(split) if o not in operations(usual)] in ([], unused)
+    # Values are numbered and functions named otherwise, and the numbers of the experts are a constant nobody reads.
+    plain = lambda program: re.sub(r"%\w+(:\d)?|@\w+|#\d", "", program.as_text()).splitlines()
+    lines = [line for line in plain(split) if "dense<[0, 1, 2]>" not in line]
+    assert sorted(lines) == sorted(plain(usual))
     jax.tree.map(np.testing.assert_array_equal, split.compile()(*arguments()), usual.compile()(*arguments()))
 
 
