@@ -43,7 +43,7 @@ def test_a_program_for_one_device_has_nothing_of_it():
     with partition.meshes():
         assert "custom_partitioning" in str(jax.make_jaxpr(several)(*arguments()))
         split = jax.jit(several).lower(*arguments())
-    # Values are numbered and functions named otherwise, and the numbers of the experts are a constant nobody reads.
+    # Values and functions have other names, and the numbers of the experts are a constant that nobody reads.
     plain = lambda program: re.sub(r"%\w+(:\d)?|@\w+|#\d", "", program.as_text()).splitlines()
     lines = [line for line in plain(split) if "dense<[0, 1, 2]>" not in line]
     assert sorted(lines) == sorted(plain(usual))
