@@ -3,6 +3,8 @@
 XLA does not know what a kernel does, and would gather whatever it reads; nor does it see through loops over blocks
 of a weight. `split` tells it by a rule: arrays stay where they lie, and each device runs the operation on its own
 pieces. Shardy carries shardings along by the same rule. In a program for one device nothing is left of it.
+
+XLA for TPU takes no such rules (JAX 0.10): there operations are left to it as they are.
 """
 
 from __future__ import annotations
@@ -50,8 +52,9 @@ def split(f: Callable, rule: str, summed: Callable | None = None) -> Callable:
 
 
 def meshes() -> AbstractContextManager[None]:
-    """Within it, programs are traced for a mesh even where no platform of this process has several devices: ahead of
-    time, for devices that are elsewhere."""
+    """Within it, programs are traced for a mesh though no platform of this process has several devices.
+
+    For compilation ahead of time, for devices that are elsewhere."""
     return _ELSEWHERE(True)
 
 
@@ -110,7 +113,7 @@ def _partitioned(whole: Callable, f: Callable, summed: Callable, terms: Terms) -
             decode_shardings=False,  # JAX's own fails where half an axis of a mesh cuts one axis and half another
             **_for_shardy(terms, args, pieces),
         )
-        return run(*args)
+        return lax.platform_dependent(*args, tpu=whole, default=run)
 
     return call
 

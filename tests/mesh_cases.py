@@ -79,6 +79,11 @@ def near(got, want, most=2e-2):
     assert np.abs(got - want).max() <= most * np.abs(want).max()
 
 
+def same(got, want):
+    """Bit for bit where our kernels multiply; XLA's sums differ with the number of rows."""
+    near(got, want, 0 if native.unavailable() is None else 2e-2)
+
+
 def normal(*shape, dtype=F32, seed=0):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape).astype(np.float32)).astype(dtype)
 
@@ -144,7 +149,7 @@ def test_a_model_over_a_mesh(kind, form, shape):
     for (got, program, state), want in zip(over_mesh(kind, form, mesh(*shape)), alone(kind, form), strict=True):
         near(got, want)
         if shape[1] == 1:  # rows alone are cut
-            np.testing.assert_array_equal(got, want)
+            same(got, want)
         assert moved(program) < smallest(params) / 4
         if kind == "dense":  # two sums of activations a layer, and one of the embeddings
             least = got.shape[1] * 4 // shape[0] * 256 * 4
@@ -220,7 +225,7 @@ def test_plain_weights(dtype):
     f = jax.jit(ops.matmul)
     want = f(x, w)
     cut = put(x, over, "data"), put(w, over, "model")
-    np.testing.assert_array_equal(f(*cut), want)
+    same(f(*cut), want)
     assert sent(f.lower(*cut).compile()) == []
     summed = put(x, over, "data", "model"), put(w, over, None, "model")
     near(f(*summed), want, 1e-2 if dtype == BF16 else 1e-6)
@@ -228,7 +233,7 @@ def test_plain_weights(dtype):
     assert sent(f.lower(*summed).compile()) == [("all-reduce", 4 * 32 * 4)]
     # What two would have along one axis of the mesh, the larger keeps.
     both = put(x, over, "model"), put(w, over, "model")
-    np.testing.assert_array_equal(f(*both), want)
+    same(f(*both), want)
     ((name, size),) = sent(f.lower(*both).compile())
     assert name == "all-gather"
     assert size <= 4 * x.size < 4 * w.size
@@ -249,7 +254,7 @@ def test_more_devices_than_kv_heads(shape):
     mask = jnp.ones((2, 3, 32), bool)
     f = jax.jit(lambda q, k: ops.attend(q.reshape(2, 3, 2, 4, 16), k, k, mask, scale=0.3).reshape(2, 3, 128))
     cut = put(q, over, None, None, ("data", "model")), put(k, over, None, "data")
-    near(f(*cut), f(q, k), 0 if native.unavailable() is None else 1e-6)
+    same(f(*cut), f(q, k))
     assert moved(f.lower(*cut).compile()) <= (0 if shape == (2, 2) else q.nbytes)
 
 
@@ -264,7 +269,7 @@ def test_attention(form):
     want = f(q, k, mask, sinks)
     here = jax.tree.map(lambda a: put(a, over, "data", "model"), k)
     cut = put(q, over, "data", None, "model"), here, put(mask, over, "data"), put(sinks, over, "model")
-    near(f(*cut), want, 0 if native.unavailable() is None else 1e-2)
+    same(f(*cut), want)
     assert sent(f.lower(*cut).compile()) == []
 
 
@@ -274,7 +279,7 @@ def test_gated():
     for weight in (partial(packed, "q4f16_1", 32, 64), partial(normal, 32, 64, dtype=BF16)):
         gate, up = weight(seed=1), weight(seed=2)
         cut = put(x, over, "data"), pieces(gate, over, 0), pieces(up, over, 0)
-        np.testing.assert_array_equal(f(*cut), f(x, gate, up))
+        same(f(*cut), f(x, gate, up))
         assert sent(f.lower(*cut).compile()) == []
 
 
@@ -314,12 +319,12 @@ def test_loops_and_vmap():
     x, many = normal(4, 64, seed=1), normal(6, 4, 64, seed=2)
     loop = jax.jit(lambda x, w: jax.lax.fori_loop(0, 3, lambda _, x: ops.matmul(x, w), x))
     cut = put(x, over, "data"), put(w, over, "model")
-    np.testing.assert_array_equal(loop(*cut), loop(x, w))
+    same(loop(*cut), loop(x, w))
     assert moved(loop.lower(*cut).compile()) < w.nbytes / 4
     each = jax.jit(jax.vmap(jax.vmap(ops.matmul, (0, None)), (None, 0)))
     both = jnp.stack([w, -w])
     cut = put(many, over, "data"), put(both, over, None, "model")
-    np.testing.assert_array_equal(each(*cut), each(many, both))
+    same(each(*cut), each(many, both))
     assert sent(each.lower(*cut).compile()) == []
     assert each(*cut).sharding.shard_shape((2, 6, 4, 64)) == (2, 3, 4, 32)
 
@@ -328,10 +333,10 @@ def test_outside_jit_and_inside_shard_map():
     over, x, w = mesh(1, 4), normal(4, 64), normal(32, 64, seed=1)
     want = ops.matmul(x, w)
     cut = put(w, over, "model")
-    np.testing.assert_array_equal(ops.matmul(x, cut), want)
+    same(ops.matmul(x, cut), want)
     specs = dict(in_specs=(P(), P("model")), out_specs=P(None, "model"))
     mapped = jax.shard_map(ops.matmul, mesh=over, **specs, check_vma=False)
-    np.testing.assert_array_equal(jax.jit(mapped)(x, cut), want)
+    same(jax.jit(mapped)(x, cut), want)
 
 
 def test_where_shardy_is_off():
@@ -341,7 +346,7 @@ def test_where_shardy_is_off():
     jax.config.update("jax_use_shardy_partitioner", False)
     try:
         f = jax.jit(ops.matmul)
-        np.testing.assert_array_equal(f(*cut), ops.matmul(x, w))
+        same(f(*cut), ops.matmul(x, w))
         assert sent(f.lower(*cut).compile()) == []
     finally:
         jax.config.update("jax_use_shardy_partitioner", shardy)

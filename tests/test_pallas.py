@@ -142,10 +142,13 @@ def test_an_older_gpu_refuses_what_it_lacks(monkeypatch):
     assert "compute capability 8.0" in kernels._absent.__wrapped__()
 
 
-def test_several_accelerators_have_kernels(monkeypatch):
-    monkeypatch.setattr(kernels, "present", lambda: "tpu")
+@pytest.mark.parametrize(("platform", "reason"), [("tpu", "several TPUs"), ("cuda", "None")])
+def test_several_accelerators(monkeypatch, platform, reason):
+    """XLA for GPUs splits kernels by rules, that for TPUs does not."""
+    monkeypatch.setattr(kernels, "present", lambda: platform)
+    monkeypatch.setattr(tiles, "capability", lambda: 9.0)
     monkeypatch.setattr(jax, "devices", lambda: [None, None])
-    assert kernels._absent.__wrapped__() is None
+    assert reason in str(kernels._absent.__wrapped__())
 
 
 def test_every_format_is_taken_or_refused_with_a_reason():

@@ -1,6 +1,6 @@
 """Kernels for TPU and GPU in Pallas: products with packed weights, experts' products, attention while decoding.
 
-They are taken where a program is compiled for the accelerator of this process, if there is exactly one; within
+They are taken where a program is compiled for the GPUs of this process, or its TPU if it has one; within
 `compiled_for(...)` also for platforms that are not here, for export and ahead-of-time compilation. On a machine
 with nothing but a CPU, no program changes and Pallas is not imported. Derivatives go through the definition in
 `jaxllm.ops`.
@@ -71,6 +71,8 @@ def _absent() -> str | None:
     """Why the devices of this process get no kernels."""
     if present() not in PLATFORMS:
         return "there is no TPU and no NVIDIA GPU here"
+    if present() == "tpu" and len(jax.devices()) > 1:
+        return "there are several TPUs here, and XLA for TPU takes no rule by which to split a kernel"
     if present() == "cuda" and importlib.util.find_spec("jax.experimental.pallas.triton") is None:
         return f"JAX {jax.__version__} has no Triton backend"
     if present() == "cuda" and tiles.capability() < 8:
