@@ -4,6 +4,7 @@ of four CPU devices; alone: XLA_FLAGS=--xla_force_host_platform_device_count=4 p
 
 import functools
 import math
+import pathlib
 import re
 from dataclasses import replace
 from functools import partial
@@ -177,6 +178,17 @@ def test_generating():
     run = lambda params: decode.generate(Model(config, params), prompts, max_new_tokens=6)
     want, got = run(params), run(placed(params, mesh(1, 4)))
     assert [g.tokens for g in got] == [g.tokens for g in want]
+
+
+def test_the_example(capsys):
+    """That of docs/sharding.md: the text of one device."""
+    text = (pathlib.Path(__file__).parents[1] / "docs" / "sharding.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names = {}
+    exec(compile(block, "sharding.md", "exec"), names)
+    assert names["sharded"].params["layers"][0]["mixer"]["q"]["w"].sharding.spec == P("model")
+    alone = decode.generate(jaxllm.load(), "def read_lines(path):\n", stop="\n\n").text
+    assert capsys.readouterr().out.strip() == alone.strip()
 
 
 def test_gradients_of_a_model():
