@@ -103,6 +103,11 @@ def _packed(x: Array, q: QTensor, out: jnp.dtype) -> Array:
     return split(f, "m k, n k -> m n" if q.divisible else "m _, n _ -> m n", summed)(x, q)
 
 
+@functools.partial(_packed.defjvp, symbolic_zeros=True)
+def _packed_jvp(out, primals, tangents):
+    return _packed(*primals, out), tangent(products.matmul, primals, tangents).astype(out)
+
+
 def _packed_piece(x: Array, q: QTensor, *, out: jnp.dtype, platforms: tuple[str, ...]) -> Array:
     q = replace(q, columns=x.shape[1])
     by_platform = {p: lambda x, q, f=f: f(x, q).astype(out) for p, f in kernels.matmul(x, q, platforms).items()}
@@ -111,13 +116,8 @@ def _packed_piece(x: Array, q: QTensor, *, out: jnp.dtype, platforms: tuple[str,
     return _by_platform(by_platform, lambda x, q: products.matmul(x, q).astype(out), x, q)
 
 
-def _by_platform(kernels: dict[str, Callable], default: Callable, *args) -> Array:
-    return lax.platform_dependent(*args, **kernels, default=default) if kernels else default(*args)
-
-
-@functools.partial(_packed.defjvp, symbolic_zeros=True)
-def _packed_jvp(out, primals, tangents):
-    return _packed(*primals, out), tangent(products.matmul, primals, tangents).astype(out)
+def _by_platform(found: dict[str, Callable], default: Callable, *args) -> Array:
+    return lax.platform_dependent(*args, **found, default=default) if found else default(*args)
 
 
 def gated(x: Array, gate: Array, up: Array, act: str, activate: Callable) -> Array:

@@ -19,7 +19,7 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.backend import backends
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 Array = jax.Array
 Terms = list[list[str]]  # the names of the axes of every operand and, last, of the result
@@ -59,7 +59,12 @@ def meshes() -> AbstractContextManager[None]:
 
 
 def _several() -> bool:
-    """Rules cost a third of the time that tracing takes: they are left out where nothing can be split."""
+    """Rules cost a third of the time that tracing takes: they are left out where nothing can be split.
+
+    Within `jax.shard_map` an array is a piece already.
+    """
+    if AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types:
+        return False
     return _ELSEWHERE.value or any(platform.device_count() > 1 for platform in backends().values())
 
 
@@ -99,7 +104,7 @@ def _partitioned(whole: Callable, f: Callable, summed: Callable, terms: Terms) -
         pieces = _pieces(terms, args)
 
         def partition(mesh, args, result):
-            mesh = _finer(mesh)
+            mesh = _finer(mesh, args[0])
             cut = _cut(mesh, terms, args, pieces)
             added = [axis for name, axes in cut.items() if name not in terms[-1] for axis in axes]
             total = lambda *args: lax.psum(summed(*args), added).astype(result.dtype)
@@ -192,9 +197,12 @@ def _first(mesh: Mesh, sharding: Sharding, ndim: int) -> np.ndarray:
     return np.array(first, np.int64).reshape(*mesh.devices.shape, ndim)
 
 
-def _finer(mesh: Mesh) -> Mesh:
+def _finer(mesh: Mesh, a: jax.ShapeDtypeStruct) -> Mesh:
     """The same devices with axes of prime sizes: what lies on part of an axis lies on whole ones of these."""
-    sizes = {f"{name}{i}": n for name, size in mesh.shape.items() for i, n in enumerate(_primes(size))}
+    if mesh.empty:  # a program whose arguments have no named axes
+        n = len(a.sharding.device_set)
+        mesh = Mesh(np.array(list(a.sharding.devices_indices_map((n,) * a.ndim))), ("all",))
+    sizes = {f"{name}/{i}": n for name, size in mesh.shape.items() for i, n in enumerate(_primes(size))}
     return Mesh(mesh.devices.reshape(*sizes.values()), tuple(sizes))
 
 

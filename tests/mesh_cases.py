@@ -349,6 +349,9 @@ def test_outside_jit_and_inside_shard_map():
     specs = dict(in_specs=(P(), P("model")), out_specs=P(None, "model"))
     mapped = jax.shard_map(ops.matmul, mesh=over, **specs, check_vma=False)
     same(jax.jit(mapped)(x, cut), want)
+    partly = dict(axis_names={"data"}, check_vma=False)
+    some = jax.shard_map(ops.matmul, mesh=mesh(2, 2), in_specs=(P("data"), P()), out_specs=P("data"), **partly)
+    same(jax.jit(some)(x, put(w, mesh(2, 2), "model")), want)
 
 
 def test_where_shardy_is_off():
