@@ -19,7 +19,9 @@ import numpy as np
 from jax import lax
 
 from jaxllm import kernels, native
+from jaxllm.derivative import tangent
 from jaxllm.native import packed
+from jaxllm.partition import split
 from jaxllm.quant import QTensor, adapted, dequantize, products
 from jaxllm.quant.cache import CacheCodes, expanded, quantized
 
@@ -34,6 +36,8 @@ FEW_ROWS = 32  # below this a gather of each row's expert beats sorting rows int
 BLOCK_SCORES = 2**20
 MOST_BLOCKS = 8  # they are unrolled
 BLOCK_ROWS = 32  # rows of one expert multiplied at a time (CPU)
+# What a mesh may cut: queries, keys, values, mask, sinks, bias and slopes
+ATTENTION = "b t k g _, b k _ _, b k _ _, b t _, k g, b k t g _, k g -> b t k g _"
 
 
 def portable() -> AbstractContextManager[None]:
@@ -67,37 +71,14 @@ def matmul(x: Array, w: Array | QTensor, *, out: jnp.dtype | None = None) -> Arr
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _product(x: Array, w: Array, out: jnp.dtype) -> Array:
-    kernel, xla = functools.partial(native.matmul, out=out), functools.partial(_xla_product, out=out)
-    return lax.platform_dependent(x, w, cpu=kernel, default=xla)
+    kernel, summed = (functools.partial(native.matmul, out=dtype) for dtype in (out, jnp.float32))
+    xla = functools.partial(_xla_product, out=out)
+    return lax.platform_dependent(x, w, cpu=split(kernel, "m k, n k -> m n", summed), default=xla)
 
 
 @functools.partial(_product.defjvp, symbolic_zeros=True)
 def _product_jvp(out, primals, tangents):
-    return _product(*primals, out), _tangent(functools.partial(_xla_product, out=out), primals, tangents)
-
-
-def _tangent(definition: Callable, primals: tuple, tangents: tuple) -> Array:
-    """That of definition(*primals). What does not move is closed over, so that a frozen weight costs nothing."""
-    moves = [not all(map(_is_zero, jax.tree.leaves(t, is_leaf=_is_zero))) for t in tangents]
-
-    def of_moving(*some):
-        some = iter(some)
-        return definition(*(next(some) if m else p for m, p in zip(moves, primals, strict=True)))
-
-    some = [p for m, p in zip(moves, primals, strict=True) if m]
-    filled = [jax.tree.map(_filled, t, is_leaf=_is_zero) for m, t in zip(moves, tangents, strict=True) if m]
-    return jax.jvp(of_moving, some, filled)[1]
-
-
-def _filled(tangent) -> Array | np.ndarray:
-    if not _is_zero(tangent):
-        return tangent
-    zeros = np.zeros if tangent.dtype == jax.dtypes.float0 else jnp.zeros  # float0: of codes, which are integers
-    return zeros(tangent.shape, tangent.dtype)
-
-
-def _is_zero(tangent) -> bool:
-    return isinstance(tangent, jax.custom_derivatives.SymbolicZero)
+    return _product(*primals, out), tangent(functools.partial(_xla_product, out=out), primals, tangents)
 
 
 def _xla_product(x: Array, w: Array, out: jnp.dtype) -> Array:
@@ -111,25 +92,32 @@ def _xla_product(x: Array, w: Array, out: jnp.dtype) -> Array:
 def _packed_product(x: Array, q: QTensor, out: jnp.dtype) -> Array:
     if q.order is not None:
         x, q = x[:, q.order], replace(q, order=None)
-    if _refused(kernels.refuses_matmul(x, q)):
-        return _packed_here(x, q, out)
-    return kernels.matmul(x, q, otherwise=functools.partial(_packed_here, out=jnp.float32)).astype(out)
-
-
-def _packed_here(x: Array, q: QTensor, out: jnp.dtype) -> Array:
-    taken = _refused(packed.refuses(x, q)) is None
-    return _packed(x, q, out) if taken else products.matmul(x, q).astype(out)
+    return products.matmul(x, q).astype(out) if _PORTABLE.value else _packed(x, q, out)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _packed(x: Array, q: QTensor, out: jnp.dtype) -> Array:
-    xla = lambda x, q: products.matmul(x, q).astype(out)
-    return lax.platform_dependent(x, q, cpu=functools.partial(packed.matmul, out=out), default=xla)
+    # The definition is split like the kernels: it takes blocks of rows in a loop, which XLA would gather.
+    piece = functools.partial(_packed_piece, platforms=kernels.platforms())
+    f, summed = (functools.partial(piece, out=dtype) for dtype in (out, jnp.float32))
+    return split(f, "m k, n k -> m n" if q.divisible else "m _, n _ -> m n", summed)(x, q)
 
 
 @functools.partial(_packed.defjvp, symbolic_zeros=True)
 def _packed_jvp(out, primals, tangents):
-    return _packed(*primals, out), _tangent(products.matmul, primals, tangents).astype(out)
+    return _packed(*primals, out), tangent(products.matmul, primals, tangents).astype(out)
+
+
+def _packed_piece(x: Array, q: QTensor, *, out: jnp.dtype, platforms: tuple[str, ...]) -> Array:
+    q = replace(q, columns=x.shape[1])
+    by_platform = {p: lambda x, q, f=f: f(x, q).astype(out) for p, f in kernels.matmul(x, q, platforms).items()}
+    if packed.refuses(x, q) is None:
+        by_platform["cpu"] = functools.partial(packed.matmul, out=out)
+    return _by_platform(by_platform, lambda x, q: products.matmul(x, q).astype(out), x, q)
+
+
+def _by_platform(found: dict[str, Callable], default: Callable, *args) -> Array:
+    return lax.platform_dependent(*args, **found, default=default) if found else default(*args)
 
 
 def gated(x: Array, gate: Array, up: Array, act: str, activate: Callable) -> Array:
@@ -160,13 +148,14 @@ def _gated_apart(x: Array, gate: Array, up: Array, act: str, activate: Callable)
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
 def _gated(x: Array, gate: Array | QTensor, up: Array | QTensor, act: str, activate: Callable, kernel) -> Array:
     apart = functools.partial(_gated_apart, act=act, activate=activate)
-    return lax.platform_dependent(x, gate, up, cpu=functools.partial(kernel, act=act), default=apart)
+    one = split(functools.partial(kernel, act=act), "m _, n _, n _ -> m n")
+    return lax.platform_dependent(x, gate, up, cpu=one, default=apart)
 
 
 @functools.partial(_gated.defjvp, symbolic_zeros=True)
 def _gated_jvp(act, activate, kernel, primals, tangents):
     apart = functools.partial(_gated_apart, act=act, activate=activate)
-    return _gated(*primals, act, activate, kernel), _tangent(apart, primals, tangents)
+    return _gated(*primals, act, activate, kernel), tangent(apart, primals, tangents)
 
 
 def _dot(x: Array, w: Array) -> Array:
@@ -201,42 +190,47 @@ def grouped_matmul(x: Array, w: Array | QTensor, expert: Array) -> Array:
 
     The work grows with R, not with E. Differentiable in x and w to any order.
     """
-    w, definition = (w, _grouped_packed) if isinstance(w, QTensor) else (w.astype(x.dtype), _grouped)
-    if _refused(kernels.refuses_grouped_matmul(x, w)):
-        return definition(x, w, expert)
-    return kernels.grouped_matmul(x, w, expert, otherwise=definition)
+    return _grouped(x, w if isinstance(w, QTensor) else w.astype(x.dtype), expert)
 
 
-def _grouped_packed(x: Array, q: QTensor, expert: Array) -> Array:
-    taken = q.order is None and _refused(packed.refuses(x, q)) is None
-    return (_packed_grouped if taken else _xla_packed_grouped)(x, q, expert)
+@jax.custom_jvp
+def _grouped(x: Array, w: Array | QTensor, expert: Array) -> Array:
+    if _PORTABLE.value:
+        return _grouped_piece(x, w, expert, ())
+    piece = functools.partial(_grouped_piece, platforms=kernels.platforms())
+    whole = lambda x, w, expert, ids: piece(x, w, expert)
+    k = "k" if not isinstance(w, QTensor) or w.divisible else "_"
+    rule = f"m {k}, e n {k}, m, e -> m n"
+    return split(whole, rule, functools.partial(_of_own_experts, piece))(x, w, expert, np.arange(w.shape[0]))
+
+
+@functools.partial(_grouped.defjvp, symbolic_zeros=True)
+def _grouped_jvp(primals, tangents):
+    # The CPU form loops to a bound known only at run time, which reverse mode cannot follow; `ragged_dot` can.
+    definition = _xla_packed_grouped if isinstance(primals[1], QTensor) else _ragged
+    definition = functools.partial(definition, expert=primals[2])
+    return _grouped(*primals), tangent(definition, primals[:2], tangents[:2])
+
+
+def _grouped_piece(x: Array, w: Array | QTensor, expert: Array, platforms: tuple[str, ...]) -> Array:
+    if not isinstance(w, QTensor):
+        by_platform, definition = {"cpu": _grouped_cpu}, _ragged
+    else:
+        w, by_platform, definition = replace(w, columns=x.shape[1]), {}, _xla_packed_grouped
+        if not _PORTABLE.value and w.order is None and packed.refuses(x, w) is None:
+            by_platform["cpu"] = packed.grouped
+    return _by_platform(by_platform | kernels.grouped_matmul(x, w, platforms), definition, x, w, expert)
+
+
+def _of_own_experts(piece: Callable, x: Array, w: Array | QTensor, expert: Array, ids: Array) -> Array:
+    """What a device that has the experts `ids` of all adds to the result: zeros for the rows of others."""
+    own = expert - ids[0]
+    y = piece(x, w, jnp.clip(own, 0, len(ids) - 1))
+    return jnp.where(((own >= 0) & (own < len(ids)))[:, None], y, 0.0)
 
 
 def _xla_packed_grouped(x: Array, q: QTensor, expert: Array) -> Array:
     return products.grouped_matmul(x, q, expert, few=FEW_ROWS, size=BLOCK_ROWS)
-
-
-@jax.custom_jvp
-def _packed_grouped(x: Array, q: QTensor, expert: Array) -> Array:
-    return lax.platform_dependent(x, q, expert, cpu=packed.grouped, default=_xla_packed_grouped)
-
-
-@functools.partial(_packed_grouped.defjvp, symbolic_zeros=True)
-def _packed_grouped_jvp(primals, tangents):
-    definition = functools.partial(_xla_packed_grouped, expert=primals[2])
-    return _packed_grouped(*primals), _tangent(definition, primals[:2], tangents[:2])
-
-
-@jax.custom_jvp
-def _grouped(x: Array, w: Array, expert: Array) -> Array:
-    return lax.platform_dependent(x, w, expert, cpu=_grouped_cpu, default=_ragged)
-
-
-@_grouped.defjvp
-def _grouped_jvp(primals, tangents):
-    # The CPU form loops to a bound known only at run time, which reverse mode cannot follow; `ragged_dot` can.
-    (x, w, expert), (dx, dw, _) = primals, tangents
-    return _grouped(x, w, expert), _ragged(dx, w, expert) + _ragged(x, dw, expert)
 
 
 def _ragged(x: Array, w: Array, expert: Array) -> Array:
@@ -280,7 +274,7 @@ def norm(x: Array, w: Array, b: Array | None = None, *, eps: float, centered: bo
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
 def _norm(x: Array, w: Array, b: Array | None, eps: float, centered: bool) -> Array:
-    kernel = functools.partial(native.norm, eps=eps, centered=centered)
+    kernel = split(functools.partial(native.norm, eps=eps, centered=centered), "m _, _, _ -> m _")
     xla = functools.partial(_xla_norm, eps=eps, centered=centered)
     return lax.platform_dependent(x, w, b, cpu=kernel, default=xla)
 
@@ -288,7 +282,7 @@ def _norm(x: Array, w: Array, b: Array | None, eps: float, centered: bool) -> Ar
 @functools.partial(_norm.defjvp, symbolic_zeros=True)
 def _norm_jvp(eps, centered, primals, tangents):
     xla = functools.partial(_xla_norm, eps=eps, centered=centered)
-    return _norm(*primals, eps, centered), _tangent(xla, primals, tangents)
+    return _norm(*primals, eps, centered), tangent(xla, primals, tangents)
 
 
 def _xla_norm(x: Array, w: Array, b: Array | None, eps: float, centered: bool) -> Array:
@@ -305,7 +299,9 @@ def once(x: Array) -> Array:
     XLA for CPU removes its barriers before it joins operations, and then repeats costly ones in every user.
     """
     x = lax.optimization_barrier(x)
-    return x if _refused(native.unavailable()) else lax.platform_dependent(x, cpu=native.keep, default=lambda x: x)
+    axes = " ".join("abcdefgh"[: x.ndim])
+    kept = split(native.keep, f"{axes} -> {axes}")
+    return x if _refused(native.unavailable()) else lax.platform_dependent(x, cpu=kept, default=lambda x: x)
 
 
 def put(cache: Array | CacheCodes, x: Array, slot: Array) -> Array | CacheCodes:
@@ -319,7 +315,8 @@ def put(cache: Array | CacheCodes, x: Array, slot: Array) -> Array | CacheCodes:
 
 @jax.custom_jvp
 def _put(cache: Array, x: Array, slot: Array) -> Array:
-    return lax.platform_dependent(cache, x, slot, cpu=native.put, default=_scatter)
+    kernel = split(native.put, "b k _ h, b _ k h, b _ -> b k _ h")
+    return lax.platform_dependent(cache, x, slot, cpu=kernel, default=_scatter)
 
 
 @_put.defjvp
@@ -414,20 +411,18 @@ def attend(
 
     The other arguments as in `attention_weights`.
     """
-    if _refused(kernels.refuses_attend(q, k, v, scoring.get("bias"))):
-        return _attend_here(q, k, v, mask, sinks=sinks, **scoring)
     numbers = dict(scale=scoring["scale"], softcap=scoring.get("softcap"))
-    otherwise = lambda q, k, v, mask, sinks: _attend_here(q, k, v, mask, sinks=sinks, **numbers)
-    return kernels.attend(q, expanded(k), expanded(v), mask, sinks, **numbers, otherwise=otherwise)
-
-
-def _attend_here(
-    q: Array, k: Array | CacheCodes, v: Array | CacheCodes, mask: Array, *, sinks: Array | None, **scoring
-) -> Array:
-    if _held(k) != _held(v) or _refused(native.refuses_attend(q, k, v)):
+    if not _attention_kernels(q, k, v, scoring.get("bias"), numbers):
         return _xla_attend(q, k, v, mask, sinks=sinks, **scoring)
-    extras = (sinks, scoring.get("bias"), scoring.get("slopes"))
-    return _attend(q, k, v, mask, *extras, scoring["scale"], scoring.get("softcap"))
+    return _attend(q, k, v, mask, sinks, scoring.get("bias"), scoring.get("slopes"), *numbers.values())
+
+
+def _attention_kernels(q, k, v, bias: Array | None, numbers: dict) -> dict[str, Callable]:
+    """By platform, with the arguments of `_attend` that are arrays."""
+    found = {} if _PORTABLE.value else kernels.attend(q, k, v, bias, kernels.platforms(), **numbers)
+    if _held(k) == _held(v) and not _refused(native.refuses_attend(q, k, v)):
+        found["cpu"] = functools.partial(_native_attend, **numbers)
+    return {platform: split(f, ATTENTION) for platform, f in found.items()}
 
 
 def _held(cache: Array | CacheCodes) -> str | None:
@@ -436,9 +431,12 @@ def _held(cache: Array | CacheCodes) -> str | None:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(7, 8))
 def _attend(q, k, v, mask, sinks, bias, slopes, scale: float, softcap: float | None) -> Array:
-    kernel, xla = (functools.partial(f, scale=scale, softcap=softcap) for f in (_native_attend, _xla_attend))
-    default = lambda *args: xla(*args[:4], **dict(zip(("sinks", "bias", "slopes"), args[4:], strict=True)))
-    return lax.platform_dependent(q, k, v, mask, sinks, bias, slopes, cpu=kernel, default=default)
+    numbers = dict(scale=scale, softcap=softcap)
+    xla = lambda q, k, v, mask, sinks, bias, slopes: _xla_attend(
+        q, k, v, mask, sinks=sinks, bias=bias, slopes=slopes, **numbers
+    )
+    by_platform = _attention_kernels(q, k, v, bias, numbers)
+    return lax.platform_dependent(q, k, v, mask, sinks, bias, slopes, **by_platform, default=xla)
 
 
 def _native_attend(q, k, v, mask, *extras: Array | None, **scoring) -> Array:

@@ -143,10 +143,13 @@ def test_an_older_gpu_refuses_what_it_lacks(monkeypatch):
     assert "compute capability 8.0" in kernels._absent.__wrapped__()
 
 
-def test_several_accelerators_keep_to_xla(monkeypatch):
-    monkeypatch.setattr(kernels, "present", lambda: "tpu")
+@pytest.mark.parametrize(("platform", "reason"), [("tpu", "several TPUs"), ("cuda", "None")])
+def test_several_accelerators(monkeypatch, platform, reason):
+    """XLA for GPUs splits kernels by rules, that for TPUs does not."""
+    monkeypatch.setattr(kernels, "present", lambda: platform)
+    monkeypatch.setattr(tiles, "capability", lambda: 9.0)
     monkeypatch.setattr(jax, "devices", lambda: [None, None])
-    assert "several accelerators" in kernels._absent.__wrapped__()
+    assert reason in str(kernels._absent.__wrapped__())
 
 
 def test_every_format_is_taken_or_refused_with_a_reason():
@@ -245,10 +248,11 @@ def test_sinks_alone_and_a_row_of_the_batch_that_sees_nothing(platform):
 
 def test_a_bias_or_many_queries_go_the_other_way():
     q, k, v, _ = case(1, 65, 1, 1, 16, 80, "causal", F32)
-    with kernels.compiled_for("tpu"):
-        assert "bias" in kernels.refuses_attend(q, k, v, jnp.zeros((1, 1, 65, 1, 80)))
-        assert "1 to 64 queries" in kernels.refuses_attend(q, k, v, None)
-        assert kernels.refuses_attend(q[:, :64], k, v, None) is None
+    taken = partial(kernels.attend, platforms=("tpu",), scale=0.3, softcap=None)
+    assert list(taken(q[:, :64], k, v, None)) == ["tpu"]
+    assert taken(q[:, :64], k, v, jnp.zeros((1, 1, 64, 1, 80))) == {}
+    assert taken(q, k, v, None) == {}
+    assert "1 to 64 queries" in attention.refuses(q, k, v, "tpu")
 
 
 # ---- which code is taken ----------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Kernels for TPU and GPU in Pallas: products with packed weights, experts' products, attention while decoding.
 
-They are taken where a program is compiled for the accelerator of this process, if there is exactly one; within
+They are taken where a program is compiled for the GPUs of this process, or its TPU if it has one; within
 `compiled_for(...)` also for platforms that are not here, for export and ahead-of-time compilation. On a machine
 with nothing but a CPU, no program changes and Pallas is not imported. Derivatives go through the definition in
 `jaxllm.ops`.
@@ -21,11 +21,11 @@ from contextlib import AbstractContextManager
 from types import ModuleType
 
 import jax
-from jax import lax
 
 from jaxllm.errors import JaxllmError
 from jaxllm.kernels import tiles
 from jaxllm.quant import QTensor
+from jaxllm.quant.cache import expanded
 
 Array = jax.Array
 
@@ -58,7 +58,7 @@ def unavailable() -> str | None:
 def describe() -> str:
     """One line: for which platform kernels are in use, or why for none."""
     reason = unavailable()
-    return f"not in use: {reason}" if reason else f"in use, {' and '.join(_platforms())}"
+    return f"not in use: {reason}" if reason else f"in use, {' and '.join(platforms())}"
 
 
 @functools.cache
@@ -74,8 +74,8 @@ def _absent() -> str | None:
     """Why the devices of this process get no kernels."""
     if present() not in BODIES:
         return "there is no TPU and no NVIDIA GPU here"
-    if len(jax.devices()) > 1:
-        return "there are several accelerators here, and XLA cannot split a kernel between them"
+    if present() == "tpu" and len(jax.devices()) > 1:
+        return "there are several TPUs here, and XLA for TPU takes no rule by which to split a kernel"
     if not bodies():
         return f"JAX {jax.__version__} has no Triton backend"
     if present() == "cuda" and tiles.capability() < 8:
@@ -106,78 +106,63 @@ def present() -> str:
 
 def bodies() -> tuple[str, ...]:
     """Whose kernels are taken in this process, the best first: each is a `platform` of the kernels' functions."""
+    return _bodies(_WANTED.value or (present(),))
+
+
+def _bodies(platforms: tuple[str, ...]) -> tuple[str, ...]:
     there = {"tpu": True, "cuda": _has_triton(), "hopper": _has_mosaic()}
-    return tuple(dict.fromkeys(name for kind in _platforms() for name in BODIES[kind] if there[name]))
+    return tuple(dict.fromkeys(name for kind in platforms for name in BODIES[kind] if there[name]))
 
 
-def _platforms() -> tuple[str, ...]:
+def platforms() -> tuple[str, ...]:
+    """Those for which kernels are traced, here and now."""
+    if unavailable():
+        return ()
     return _WANTED.value or (present(),)
 
 
-def refuses_matmul(x: Array, w: Array | QTensor) -> str | None:
-    """Why `matmul` does not take x [M, in] and w [out, in]; None where it does, on some platform."""
-    return unavailable() or _refuses_everywhere("dense", x, w)
+def matmul(x: Array, w: QTensor, platforms: tuple[str, ...]) -> dict[str, Callable]:
+    """By platform, x [M, in] times packed w [out, in] transposed -> f32 [M, out], where a kernel takes them."""
+    return _taking("dense", "matmul", platforms, x, w)
 
 
-def matmul(x: Array, w: QTensor, *, otherwise: Callable) -> Array:
-    """x [M, in] times packed w [out, in] transposed -> f32 [M, out]. `otherwise(x, w)` serves other platforms."""
-    return _either(_module("dense").matmul, _fitting("dense", x, w), otherwise, x, w)
+def grouped_matmul(x: Array, w: Array | QTensor, platforms: tuple[str, ...]) -> dict[str, Callable]:
+    """By platform, row i of x [R, in] times w[expert[i]] of w [E, out, in] -> f32 [R, out], where a kernel can.
 
-
-def refuses_grouped_matmul(x: Array, w: Array | QTensor) -> str | None:
-    """Why `grouped_matmul` does not take x [R, in] and w [E, out, in]; None where it does, on some platform."""
-    return unavailable() or _refuses_everywhere("grouped", x, w)
-
-
-def grouped_matmul(x: Array, w: Array | QTensor, expert: Array, *, otherwise: Callable) -> Array:
-    """Row i of x [R, in] times w[expert[i]] -> f32 [R, out]; `expert` i32 [R] never decreases.
-
-    `otherwise(x, w, expert)` serves other platforms.
+    A function of x, w and expert i32 [R], which never decreases.
     """
-    return _either(_module("grouped").grouped_matmul, _fitting("grouped", x, w), otherwise, x, w, expert)
-
-
-def refuses_attend(q: Array, k: Array, v: Array, bias: Array | None) -> str | None:
-    """Why `attend` does not take these; None where it does, on some platform."""
-    if reason := unavailable():
-        return reason
-    return "it takes no bias on the scores" if bias is not None else _refuses_everywhere("attention", q, k, v)
+    return _taking("grouped", "grouped_matmul", platforms, x, w)
 
 
 def attend(
-    q: Array, k: Array, v: Array, mask: Array, sinks: Array | None, *, scale, softcap, otherwise: Callable
-) -> Array:
-    """Softmax attention of q [B, T, K, G, h] over k, v [B, K, S, h] where mask bool [B, T, S] -> as q.
+    q: Array, k: Array, v: Array, bias: Array | None, platforms: tuple[str, ...], *, scale, softcap
+) -> dict[str, Callable]:
+    """By platform, softmax attention of q [B, T, K, G, h] over k, v [B, K, S, h], where a kernel takes them.
 
-    sinks [K, G] as in `jaxllm.ops.attention_weights`; `otherwise(q, k, v, mask, sinks)` serves other platforms.
+    A function of q, k and v (packed or not), mask bool [B, T, S], sinks [K, G] as in
+    `jaxllm.ops.attention_weights`, and of a bias and its slopes, which are None: no kernel has them.
     """
-    kernel = functools.partial(_module("attention").attend, scale=scale, softcap=softcap)
-    return _either(kernel, _fitting("attention", q, k, v), otherwise, q, k, v, mask, sinks)
+    if bias is not None:
+        return {}
+
+    def over(kernel):
+        kernel = functools.partial(kernel, scale=scale, softcap=softcap)
+        return lambda q, k, v, mask, sinks, bias, slopes: kernel(q, expanded(k), expanded(v), mask, sinks)
+
+    return {
+        platform: over(kernel) for platform, kernel in _taking("attention", "attend", platforms, q, k, v).items()
+    }
+
+
+def _taking(name: str, call: str, platforms: tuple[str, ...], *args: Array | QTensor) -> dict[str, Callable]:
+    """The kernels that take these arguments: for each platform, as XLA calls it, the best body."""
+    found = {}
+    for body in reversed(_bodies(platforms)):  # without a platform nothing is imported
+        if not _module(name).refuses(*args, body):
+            found[LOWERED[body]] = functools.partial(getattr(_module(name), call), platform=body)
+    return found
 
 
 def _module(name: str) -> ModuleType:
     """The file of one operation: imported only now, since it brings Pallas along."""
     return importlib.import_module(f"jaxllm.kernels.{name}")
-
-
-def _refuses_everywhere(name: str, *args: Array | QTensor) -> str | None:
-    reasons = [_module(name).refuses(*args, body) for body in bodies()]
-    return reasons[-1] if reasons and all(reasons) else None
-
-
-def _fitting(name: str, *args: Array | QTensor) -> tuple[str, ...]:
-    """The bodies that take these arguments, of each platform the best."""
-    taking = [body for body in reversed(bodies()) if not _module(name).refuses(*args, body)]
-    return tuple({LOWERED[body]: body for body in taking}.values())
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def _either(kernel: Callable, platforms: tuple[str, ...], otherwise: Callable, *args) -> Array:
-    kernels = {LOWERED[body]: functools.partial(kernel, platform=body) for body in platforms}
-    return lax.platform_dependent(*args, **kernels, default=otherwise)
-
-
-@_either.defjvp
-def _either_jvp(kernel, platforms, otherwise, primals, tangents):
-    tangent = jax.jvp(otherwise, primals, tangents)[1]
-    return _either(kernel, platforms, otherwise, *primals), tangent

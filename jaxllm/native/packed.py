@@ -10,7 +10,6 @@ from jaxllm import native
 from jaxllm.native import float8
 from jaxllm.quant import QTensor
 from jaxllm.quant.formats import FLOAT8, LEVELS, Format
-from jaxllm.quant.qtensor import PLANES
 
 Array = jax.Array
 
@@ -58,7 +57,7 @@ def _refuses_numbers(q: QTensor) -> str | None:
 
 def _group(q: QTensor) -> int:
     """Columns that share a scale."""
-    return q.codes.shape[-1] * 8 // PLANES[q.format.bits][0] // q.scale.shape[-1]
+    return q.padded // q.scale.shape[-1]
 
 
 def matmul(x: Array, q: QTensor, out: jnp.dtype, *, most: str | None = None, threads: int | None = None) -> Array:

@@ -69,6 +69,18 @@ class QTensor:
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts().values())
 
+    @property
+    def padded(self) -> int:
+        """C: the columns that there are codes for."""
+        return self.codes.shape[-1] * 8 // PLANES[self.format.bits][0]
+
+    @property
+    def divisible(self) -> bool:
+        """Whether some groups of columns are a weight of their own, whose products are part of a sum.
+
+        Not where activations are rounded by what a whole row of them holds, nor where codes fill up a group."""
+        return not self.format.activations and self.padded == self.columns and self.order is None
+
     def parts(self) -> dict[str, Array]:
         """The arrays it consists of, by field name."""
         return {name: part for name in PARTS if (part := getattr(self, name)) is not None}
