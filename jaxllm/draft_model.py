@@ -8,26 +8,22 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from jaxllm import layers, sampling
-from jaxllm.config import ModelConfig
 from jaxllm.decode import Plan, prefill
+from jaxllm.draft_grow import Choice, draft_chain, draft_tree
 from jaxllm.errors import ContextError, JaxllmError, TokenizerError
 from jaxllm.model import Model
 from jaxllm.prompts import new_state
-from jaxllm.sampling import Context, Sampler
-from jaxllm.spec_decode import DRAFT, Asked
-from jaxllm.spec_verify import Draft, Tree, along, chain_of, processed, relations
+from jaxllm.sampling import Sampler
+from jaxllm.spec_decode import Asked
+from jaxllm.spec_verify import Draft
 from jaxllm.state import Recurrent, State, keep_path, select_rows
 
 Array = jax.Array
-Choice = Literal["draw", "top"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +50,13 @@ class DraftModel:
         return 1 + int(np.cumprod(self.widths).sum())
 
     @property
+    def chain(self) -> bool:
+        return set(self.widths) == {1}
+
+    @property
     def lengths(self) -> tuple[int, ...]:
         deepest = len(self.widths)
-        return tuple(range(1, deepest + 1)) if set(self.widths) == {1} else (deepest,)
+        return tuple(range(1, deepest + 1)) if self.chain else (deepest,)
 
     def init(self, target: Model, plan: Plan) -> Memory:
         """The prompts, read by the draft model.
@@ -65,12 +65,12 @@ class DraftModel:
         recurrent layers.
         """
         check_vocabulary(target, self.model)
-        state = self._state(plan)
+        unique = list(dict.fromkeys(map(tuple, plan.rows)))  # samples of one prompt share it
+        state = self._state(plan, unique)
         if any(isinstance(c, Recurrent) for c in state.layers):
             raise JaxllmError(
                 f"the draft model {self.model.name} has recurrent layers, which cannot take drafts back"
             )
-        unique = list(dict.fromkeys(map(tuple, plan.rows)))  # samples of one prompt share it
         state, _ = prefill(self.model, unique, state)
         if len(unique) < len(plan.rows):
             state = select_rows(state, jnp.asarray([unique.index(tuple(row)) for row in plan.rows]))
@@ -80,8 +80,7 @@ class DraftModel:
         held = np.array([len(row) for row in plan.rows])
         return Memory(state, held, None, np.zeros_like(held), sampler, choice, target.config.vocab)
 
-    def _state(self, plan: Plan) -> State:
-        unique = list(dict.fromkeys(map(tuple, plan.rows)))
+    def _state(self, plan: Plan, unique: Sequence[Sequence[int]]) -> State:
         wanted = max(map(len, unique)) + plan.new_tokens
         config = self.model.config
         if plan.room["overflow"] == "error" and wanted > config.max_len:
@@ -94,18 +93,20 @@ class DraftModel:
 
     def propose(self, memory: Memory, asked: Asked) -> tuple[Draft | None, Memory]:
         """Catch up with the target, then draft."""
-        state, tokens, n_new = self._catch_up(memory, asked.rows)
         held = np.array([len(row) for row in asked.rows])
-        config, params, carry = self.model.config, self.model.params, asked.carry
+        room = memory.state.capacity
+        if room is not None and held[asked.live].max() + self.nodes > room:
+            return None, memory
+        state, tokens, n_new = self._catch_up(memory, asked.rows)
+        carry, model = asked.carry, self.model
+        args = (model.config, model.params, memory.sampler, state, tokens, n_new)
         place = (carry.context, carry.keys, carry.step)
-        options = (config, params, memory.sampler, memory.choice, memory.vocab)
-        if len(self.lengths) > 1:
-            length = np.int32(asked.length)
-            draft, state = draft_chain(*options, self.nodes, state, tokens, n_new, place, length)
-            fed = asked.length - 1
+        how = dict(choice=memory.choice, vocab=memory.vocab)
+        if self.chain:
+            draft, state = draft_chain(*args, place, np.int32(asked.length), nodes=self.nodes, **how)
         else:
-            draft, state = draft_tree(*options, self.widths, state, tokens, n_new, place)
-            fed = len(self.widths) - 1
+            draft, state = draft_tree(*args, place, widths=self.widths, **how)
+        fed = asked.length - 1
         return draft, dataclasses.replace(memory, state=state, held=held, path=None, kept=0 * held, fed=fed)
 
     def _catch_up(self, memory: Memory, rows: Sequence[Sequence[int]]) -> tuple[State, np.ndarray, np.ndarray]:
@@ -124,8 +125,7 @@ class DraftModel:
     def accept(self, memory: Memory, path: Array, kept: np.ndarray) -> Memory:
         """Remember which drafts were kept; those on the last depth were never fed."""
         kept = np.clip(kept, 0, memory.fed)
-        chain = len(self.lengths) > 1
-        return dataclasses.replace(memory, path=None if chain else path[:, 1:] - 1, kept=kept)
+        return dataclasses.replace(memory, path=None if self.chain else path[:, 1:] - 1, kept=kept)
 
 
 CHUNK = 64  # tokens that the draft model reads at once
@@ -149,145 +149,6 @@ class Memory:
 def settled(state: State, held: Array, path: Array | None, kept: Array) -> State:
     """The state with the kept drafts alone."""
     return keep_path(state, held, path, kept)
-
-
-Place = tuple[Context | None, Array | None, Array]  # of the target: context, keys [B], tokens emitted i32 [B]
-
-
-@partial(jax.jit, static_argnums=(0, 3, 4, 5), donate_argnums=6)
-def draft_chain(
-    config: ModelConfig,
-    params: dict,
-    sampler: Sampler,
-    choice: Choice,
-    vocab: int,
-    nodes: int,
-    state: State,
-    tokens: Array,
-    n_new: Array,
-    place: Place,
-    length: Array,
-) -> tuple[Draft, State]:
-    """Feed tokens i32 [B, 2] (n_new i32 [B] of them real), then draft `length` i32 [] tokens one by one."""
-    context, keys, step = place
-    x, state, _ = layers.hidden(config, params, tokens, state, n_new=n_new)
-    newest = jnp.take_along_axis(x, jnp.maximum(n_new - 1, 0)[:, None, None], 1)[:, 0]
-
-    def draw(i, x, context, chain, probs):
-        logits = fitted(layers.logits(config, params, x[:, None]), vocab)
-        contexts = jax.tree.map(lambda a: a[:, None], context)
-        own, noise = draft_keys(keys, step, i[None], i[None])
-        logprobs = processed(sampler, logits, contexts, own)
-        below, q = children(logprobs, gumbel(noise, vocab, choice), 1)
-        token = below[:, 0, 0]
-        probs = probs.at[:, i].set(q[:, 0, 0]) if choice == "draw" else probs
-        return token, sampling.observe(context, token, token >= 0), chain.at[:, i + 1].set(token), probs
-
-    def longer(i, carry):
-        state, token, *drawn = carry
-        x, state, _ = layers.hidden(config, params, jnp.maximum(token, 0)[:, None], state)
-        return state, *draw(i, x[:, 0], *drawn)
-
-    chain = jnp.full((len(n_new), nodes), -1, jnp.int32)
-    probs = jnp.zeros((len(n_new), nodes - 1, vocab if choice == "draw" else 0), jnp.float32)
-    carry = (state, *draw(jnp.int32(0), newest, context, chain, probs))
-    state, _, _, chain, probs = lax.fori_loop(1, length, longer, carry)
-    return Draft(chain_of(chain), probs if choice == "draw" else None), state
-
-
-@partial(jax.jit, static_argnums=(0, 3, 4, 5), donate_argnums=6)
-def draft_tree(
-    config: ModelConfig,
-    params: dict,
-    sampler: Sampler,
-    choice: Choice,
-    vocab: int,
-    widths: tuple[int, ...],
-    state: State,
-    tokens: Array,
-    n_new: Array,
-    place: Place,
-) -> tuple[Draft, State]:
-    """Feed tokens i32 [B, 2] (n_new i32 [B] of them real), then draft a tree, depth by depth.
-
-    All nodes so far are fed again at each depth: a cache knows positions, not which branch a node is on.
-    """
-    context, keys, step = place
-    x, state, _ = layers.hidden(config, params, tokens, state, n_new=n_new)
-    x = jnp.take_along_axis(x, jnp.maximum(n_new - 1, 0)[:, None, None], 1)
-    held, parent = state.length, parents_of(widths)
-    tree, probs, first = Tree(jnp.zeros((len(n_new), 1), jnp.int32), parent[:1], 0), [], 0
-    for depth, width in enumerate(widths):
-        if depth:
-            state = keep_path(state, held, None, jnp.zeros_like(held))
-            at, sees = relations(tree)
-            fed = jnp.maximum(tree.tokens[:, 1:], 0)
-            x, state, _ = layers.hidden(config, params, fed, state, depth=at[:, 1:] - 1, tree=sees[:, 1:, 1:])
-            x = x[:, first - 1 :]
-        nodes = jnp.arange(first, tree.tokens.shape[1])
-        logits = fitted(layers.logits(config, params, x), vocab)
-        contexts = jax.tree.map(lambda a, first=first: a[:, first:], along(context, tree))
-        own, noise = draft_keys(keys, step, nodes, jnp.full_like(nodes, depth))
-        logprobs = processed(sampler, logits, contexts, own)
-        below, q = children(logprobs, gumbel(noise, vocab, choice), width)
-        probs.append(q.reshape(len(n_new), -1, vocab))
-        first = tree.tokens.shape[1]
-        tokens = jnp.concatenate([tree.tokens, below.reshape(len(n_new), -1)], 1)
-        tree = Tree(tokens, parent[: tokens.shape[1]], depth + 1)
-    return Draft(tree, jnp.concatenate(probs, 1) if choice == "draw" else None), state
-
-
-def parents_of(widths: Sequence[int]) -> np.ndarray:
-    """i32 [N]: the parents of a tree, depth by depth, whose nodes at a depth have `widths[depth]` children."""
-    parent, level = [-1], [0]
-    for width in widths:
-        below = range(len(parent), len(parent) + width * len(level))
-        parent += [node for node in level for _ in range(width)]
-        level = list(below)
-    return np.array(parent, np.int32)
-
-
-def children(logprobs: Array, noise: Array | None, width: int) -> tuple[Array, Array]:
-    """(`width` tokens behind each node i32 [B, n, width], what each was drawn from f32 [B, n, width, V]).
-
-    logprobs f32 [B, n, V]. noise: Gumbel's, of the same shape: the largest sums are draws without replacement, in
-    their order (arXiv 1903.06059), and the k-th was drawn from what the k - 1 before left. Without noise the most
-    probable tokens are taken. -1 where no token is left.
-    """
-    score = logprobs if noise is None else logprobs + noise
-    best, token = lax.top_k(score, min(width, logprobs.shape[-1]))
-    token = jnp.where(best > -jnp.inf, token.astype(jnp.int32), -1)
-    token = jnp.pad(token, ((0, 0), (0, 0), (0, width - token.shape[-1])), constant_values=-1)
-    left, probs = jnp.exp(logprobs), []
-    for k in range(width):
-        mass = left.sum(-1, keepdims=True)
-        probs.append(left / jnp.where(mass > 0, mass, 1.0))
-        left = jnp.where(jnp.arange(left.shape[-1]) == token[..., k, None], 0.0, left)
-    return token, jnp.stack(probs, 2)
-
-
-def draft_keys(keys: Array | None, step: Array, nodes: Array, depth: Array) -> tuple[Array | None, Array | None]:
-    """Typed [B, n] each: the keys of the tokens behind `nodes` i32 [n] at `depth` i32 [n], and of their drafts."""
-    if keys is None:
-        return None, None
-    fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, 0))
-    own = fold(keys, step[:, None] + depth)
-    first = jax.vmap(jax.random.fold_in, (0, None))(jax.vmap(jax.random.fold_in)(keys, step), DRAFT)
-    return own, fold(first, jnp.broadcast_to(nodes, (len(step), len(nodes))))
-
-
-def gumbel(keys: Array | None, vocab: int, choice: Choice) -> Array | None:
-    """Noise f32 [B, n, V] for draws; None where the most probable tokens are taken."""
-    if choice == "top":
-        return None
-    return jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, (vocab,))))(keys)
-
-
-def fitted(logits: Array, vocab: int) -> Array:
-    """Logits [..., V'] of the draft for the target's V tokens; those it does not know get -inf."""
-    missing = max(vocab - logits.shape[-1], 0)
-    pad = [(0, 0)] * (logits.ndim - 1) + [(0, missing)]
-    return jnp.pad(logits[..., :vocab], pad, constant_values=-jnp.inf)
 
 
 # ---- the target itself, made cheaper --------------------------------------------------------------------

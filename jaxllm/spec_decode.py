@@ -42,7 +42,6 @@ from jaxllm.state import Recurrent, State, keep_path
 
 Array = jax.Array
 _ACCEPT = 1 << 30  # what a step's key is folded with for the uniforms; `sampling` uses small numbers
-DRAFT = _ACCEPT + 1  # and for what drafters draw
 _AS_IT_IS = Sampler(())
 
 

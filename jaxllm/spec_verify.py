@@ -126,7 +126,7 @@ def reject(tree: Tree, p: Array, q: Array, uniform: Array) -> tuple[Array, Array
 
     p f32 [B, N, V]: the target's distribution behind each node; q f32 [B, N - 1, V]: see `Draft`; uniform f32
     [B, N - 1] in [0, 1). The token that follows is to be drawn from `rest`. chance: with what probability each
-    node was kept when it was looked at, 1 where it was not.
+    node was kept when it was looked at, -1 where it was not.
 
     A draft x is kept with probability min(1, p(x) / q(x)); otherwise the rest, max(p - q, 0), takes the place of p
     and the next sibling is looked at (arXiv 2211.17192 and 2302.01318; for siblings 2305.09781). As q is what each
@@ -141,7 +141,7 @@ def reject(tree: Tree, p: Array, q: Array, uniform: Array) -> tuple[Array, Array
         kept = due & (uniform[:, i - 1] < chance)
         rest = jnp.where(due[:, None], residual(rest, own), rest)
         rest = jnp.where(kept[:, None], p[:, i], rest)
-        return (jnp.where(kept, i, at), rest), jnp.where(due, chance, 1.0)
+        return (jnp.where(kept, i, at), rest), jnp.where(due, chance, -1.0)
 
     (at, rest), chance = lax.scan(visit, (_root(tree), p[:, 0]), jnp.arange(1, tree.tokens.shape[1]))
     return at, rest, chance.T
