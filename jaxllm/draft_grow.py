@@ -23,7 +23,7 @@ from jaxllm.spec_verify import Draft, Tree, along, chain_of, processed, relation
 from jaxllm.state import State, keep_path
 
 Array = jax.Array
-Choice = Literal["draw", "top"]
+Choice = Literal["draw", "couple", "top"]
 Place = tuple[Context | None, Array | None, Array]  # of the target: context, keys [B], tokens emitted i32 [B]
 _DRAFT = (1 << 30) + 1  # what a step's key is folded with for drafts
 
@@ -87,13 +87,19 @@ class Chooser:
 
     sampler: Sampler
     vocab: int
-    keys: Callable[[Array, Array], Array | None]  # (nodes i32 [n], depth i32 [n]) -> typed [B, n], for the sampler
-    noise: Callable[[Array], Array | None]  # nodes i32 [n] -> f32 [B, n, V]
+    drawn: bool  # whether what tokens were drawn from is told, so that they can be weighed by it
+    keys: Callable[[Array], Array | None]  # depth i32 [n] -> typed [B, n]: what the target draws with there
+    noise: Callable[[Array, Array], Array | None]  # (nodes i32 [n], depth i32 [n]) -> f32 [B, n, V]
 
-    def __call__(self, logits: Array, contexts: Context | None, nodes: Array, depth: Array, width: int):
-        """`children` of nodes at `depth` i32 [n] that have these logits [B, n, V'] and contexts [B, n, ...]."""
-        fit = fitted(logits, self.vocab)
-        return children(processed(self.sampler, fit, contexts, self.keys(nodes, depth)), self.noise(nodes), width)
+    def __call__(
+        self, logits: Array, contexts: Context | None, nodes: Array, depth: Array, width: int
+    ) -> tuple[Array, Array | None]:
+        """(children i32 [B, n, width] of nodes at `depth` i32 [n], what each was drawn from f32 [B, n, width, V]).
+
+        logits [B, n, V'] of the draft, contexts [B, n, ...]; -1 where no token is left."""
+        logprobs = processed(self.sampler, fitted(logits, self.vocab), contexts, self.keys(depth))
+        token = children(logprobs, self.noise(nodes, depth), width)
+        return token, left_for(logprobs, token) if self.drawn else None
 
 
 def from_keys(sampler: Sampler, choice: Choice, vocab: int, place: Place) -> Chooser:
@@ -101,34 +107,34 @@ def from_keys(sampler: Sampler, choice: Choice, vocab: int, place: Place) -> Cho
     _, keys, step = place
     fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))
 
-    def own(nodes, depth):  # those that the target would use there
+    def own(depth):
         return None if keys is None else fold(keys, step[:, None] + depth)
 
-    def noise(nodes):
+    def noise(nodes, depth):
         if choice == "top":
             return None
+        if choice == "couple":
+            return jax.vmap(partial(sampling.noise, vocab=vocab))(own(depth))
         first = jax.vmap(lambda key, n: jax.random.fold_in(jax.random.fold_in(key, n), _DRAFT))(keys, step)
         each = fold(first, jnp.broadcast_to(nodes, (len(step), len(nodes))))
         return jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, (vocab,))))(each)
 
-    return Chooser(sampler, vocab, own, noise)
+    return Chooser(sampler, vocab, choice == "draw", own, noise)
 
 
-def children(logprobs: Array, noise: Array | None, width: int) -> tuple[Array, Array | None]:
-    """(`width` tokens behind each node i32 [B, n, width], what each was drawn from f32 [B, n, width, V]).
+def children(logprobs: Array, noise: Array | None, width: int) -> Array:
+    """`width` tokens behind each node i32 [B, n, width], -1 where none is left; logprobs, noise f32 [B, n, V].
 
-    logprobs f32 [B, n, V]. With noise the largest sums are draws without replacement in their order (arXiv
-    1903.06059), and the k-th was drawn from what those before it left. Without noise they are the most probable
-    tokens, drawn from nothing (None). -1 where no token is left.
+    With noise the largest sums are draws without replacement, in their order (arXiv 1903.06059); without, the most
+    probable tokens.
     """
     score = logprobs if noise is None else logprobs + noise
     best, token = lax.top_k(score, min(width, score.shape[-1]))
     token = jnp.where(best > -jnp.inf, token.astype(jnp.int32), -1)
-    token = jnp.pad(token, ((0, 0), (0, 0), (0, width - token.shape[-1])), constant_values=-1)
-    return token, None if noise is None else _left(logprobs, token)
+    return jnp.pad(token, ((0, 0), (0, 0), (0, width - token.shape[-1])), constant_values=-1)
 
 
-def _left(logprobs: Array, token: Array) -> Array:
+def left_for(logprobs: Array, token: Array) -> Array:
     """What each of token i32 [B, n, width] was drawn from: the distribution without those before it."""
     left, probs = jnp.exp(logprobs), []
     for k in range(token.shape[-1]):

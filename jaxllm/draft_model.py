@@ -30,9 +30,10 @@ Array = jax.Array
 class DraftModel:
     """A model that is cheaper than the target and says much the same: a chain, or a tree of fixed widths.
 
-    widths: children of each node at each depth; all 1 is a chain. choice: "draw" from the draft's processed
-    distribution, siblings without replacement (a greedy sampler takes the most probable instead); "top" takes the
-    most probable for any sampler.
+    widths: children of each node at each depth; all 1 is a chain. choice, where the sampler is not greedy: "draw"
+    from the draft's processed distribution, siblings without replacement, to be weighed by it; "couple": draw with
+    the very noise that the target draws with, so that the two often agree and tokens are those of plain decoding
+    with the same keys (arXiv 2408.07978); "top": take the most probable, with which tokens are those, too.
     """
 
     model: Model
@@ -42,8 +43,8 @@ class DraftModel:
     def __post_init__(self) -> None:
         if not self.widths or min(self.widths) < 1:
             raise JaxllmError(f"widths are whole numbers of at least 1, one for each depth, got {self.widths}")
-        if self.choice not in ("draw", "top"):
-            raise JaxllmError(f"choice is 'draw' or 'top', got {self.choice!r}")
+        if self.choice not in ("draw", "couple", "top"):
+            raise JaxllmError(f"choice is 'draw', 'couple' or 'top', got {self.choice!r}")
 
     @property
     def nodes(self) -> int:

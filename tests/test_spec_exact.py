@@ -245,8 +245,8 @@ def _drafted(config, choice, vocab, widths, params, knobs, lines, lengths, conte
     two = jnp.take_along_axis(lines, lengths[:, None] - jnp.array([2, 1]), 1)
     x, state = draft_grow.newest(config, params, state, two, jnp.full(len(lines), 2))
     x, state, context = again(x), jax.tree.map(again, state), jax.tree.map(again, context)
-    noise_of = lambda nodes: jnp.tile(noise[:, nodes], (len(lines), 1, 1)) if choice == "draw" else None
-    choose = draft_grow.Chooser(knobs, vocab, lambda nodes, depth: None, noise_of)
+    noise_of = lambda nodes, depth: jnp.tile(noise[:, nodes], (len(lines), 1, 1)) if choice == "draw" else None
+    choose = draft_grow.Chooser(knobs, vocab, choice == "draw", lambda depth: None, noise_of)
     if set(widths) == {1}:
         nodes, length = len(widths) + 1, len(widths)
         return draft_grow.grow_chain(config, params, choose, state, x, context, nodes, length)[0]
