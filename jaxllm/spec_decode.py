@@ -80,6 +80,7 @@ class Verified:
     """What one verification tells."""
 
     emitted: Emitted  # leading axis [D + 1]; SKIPPED behind a row's last token
+    tokens: Array  # i32 [B, N]  of the tree, the newest token first
     path: Array  # i32 [B, D + 1]  nodes kept, -1 behind the last
     kept: Array  # i32 [B]  drafts kept
     offered: Array  # bool [B]  whether there was a draft to look at behind the last one kept
@@ -181,7 +182,7 @@ def settle(top: int, carry: Carry, nodes: Nodes, at: Array, token: Array, live: 
     token = jnp.where(live, token, carry.token)
     after = dataclasses.replace(carry, state=state, token=token, context=context, step=carry.step + kept + 1)
     before = tuple(c for c in carry.state.layers if isinstance(c, Recurrent))
-    return after, Verified(out, path, kept, offered(tree, at), before)
+    return after, Verified(out, tree.tokens, path, kept, offered(tree, at), before)
 
 
 def _emitted(nodes: Nodes, path: Array, kept: Array, last: Array, top: int) -> Emitted:
@@ -309,9 +310,8 @@ class Run:
         args = (model.config, model.params, plan.sampler, plan.top, self.rule)
         self.carry, seen = verify(*args, self.carry, draft, live)
         emitted, kept, more = jax.device_get((seen.emitted, seen.kept, seen.offered))
-        if seen.before and np.any(kept + 1 < draft.tree.tokens.shape[1]):
-            tokens = jnp.asarray(draft.tree.tokens)
-            self.carry = replay(model.config, model.params, self.carry, seen.before, tokens, seen.kept)
+        if seen.before and np.any(kept + 1 < seen.tokens.shape[1]):
+            self.carry = replay(model.config, model.params, self.carry, seen.before, seen.tokens, seen.kept)
         self.verify_seconds += time.perf_counter() - began
         self.verified += 1
         return dataclasses.replace(seen, emitted=emitted, kept=kept, offered=more)
@@ -336,10 +336,10 @@ class Run:
             now = many
             if left and plan.free:
                 self.carry, many = decode.advance(*args, self.carry)
-            yield from self._emit(jax.device_get(now))
+            self.plain += 1
+            yield from self._emit(now)
             if left and not plan.free:
                 self.carry, many = decode.advance(*args, self.carry)
-        self.plain += steps
 
     def _emit(self, many: Emitted) -> Iterator[tuple[Emitted, State]]:
         for out in decode.unstacked(jax.device_get(many)):

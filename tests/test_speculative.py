@@ -1,4 +1,4 @@
-"""`generate` with a drafter says what it says without: token for token where nothing is drawn, in law where it is."""
+"""`generate` with a drafter says what it says without: token for token, or in law where drafts are drawn."""
 
 import dataclasses
 import json
@@ -236,11 +236,11 @@ def test_drafts_of_another_kind(target):
         decode.generate(
             target, ROWS[0], max_new_tokens=3, speculative=Speculative(DraftModel(model_of("recurrent")))
         )
+    tree = Speculative(DraftModel(target, (2, 1)), 2)
     with pytest.raises(JaxllmError, match="cannot verify a tree"):
-        tree = Speculative(DraftModel(target, (2, 1)), 2)
         decode.generate(model_of("recurrent"), ROWS[0], max_new_tokens=3, speculative=tree)
     short = dataclasses.replace(target, config=dataclasses.replace(target.config, max_len=7))
-    with pytest.raises(ContextError, match="draft model .* context of 7 tokens, and 8 are"):
+    with pytest.raises(ContextError, match=r"draft model .* context of 7 tokens, and 8 are"):
         decode.generate(target, ROWS[0], max_new_tokens=3, speculative=Speculative(DraftModel(short)))
 
 
