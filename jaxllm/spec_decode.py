@@ -283,9 +283,9 @@ class Run:
                 continue
             seen = self._verify(draft, live)
             memory = self.drafter.accept(memory, seen.path, seen.kept)
+            self.pace.verified(seen.kept[live], seen.offered[live])
             yield from self._emit(seen.emitted)
-            took = time.perf_counter() - began
-            self.pace.verified(length, took, seen.kept[live], seen.offered[live])
+            self.pace.took(length, time.perf_counter() - began)
 
     def _live(self) -> np.ndarray:
         """bool [B]: rows that want more tokens."""

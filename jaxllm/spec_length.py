@@ -47,22 +47,20 @@ class Pace:
 
     def plain(self, steps: int, seconds: float) -> None:
         """So many plain decoding steps took so long, all together."""
-        self._took(0, seconds / steps)
+        self.took(0, seconds / steps)
         self.resting = max(self.resting - steps, 0)
 
-    def verified(self, length: int, seconds: float, kept: np.ndarray, offered: np.ndarray) -> None:
-        """A draft of `length` was verified in so long; of each row, drafts kept and whether one more was there."""
-        self._took(length, seconds)
+    def verified(self, kept: np.ndarray, offered: np.ndarray) -> None:
+        """A draft was verified: of each row, drafts kept and whether there was one more to look at."""
         place = np.arange(len(self.kept))[:, None]
         now = np.stack([(place < kept + offered).sum(1), (place < kept).sum(1)])
         self.looked_at += now[0]
         self.kept += now[1]
         self.recent = self.recent * _MEMORY + now
 
-    def _took(self, length: int, seconds: float) -> None:
-        # What a length takes the first time includes compiling.
-        past = self.times.setdefault(length, deque(maxlen=_SAMPLES))
-        past.append(seconds)
+    def took(self, length: int, seconds: float) -> None:
+        """A step with a draft of `length` took so long, from one to the next."""
+        self.times.setdefault(length, deque(maxlen=_SAMPLES)).append(seconds)
 
     def rate(self, length: int) -> float:
         """Expected tokens a second of a row."""
