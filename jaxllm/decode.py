@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import numpy as np
 from jaxllm import layers, sampling
 from jaxllm.config import ModelConfig
 from jaxllm.errors import ContextError, JaxllmError
-from jaxllm.generation import Alternatives, Completion, Generation, Prefix, Scored, Timings, Token
+from jaxllm.generation import SKIPPED, Alternatives, Completion, Generation, Prefix, Scored, Timings, Token
 from jaxllm.model import Model
 from jaxllm.prompts import PREFILL_CHUNK, Overflow, Prompt, as_prompts, new_state, padded
 from jaxllm.sampling import GREEDY, Context, MaskCallback, Sampler
@@ -51,7 +52,7 @@ class Carry:
     token: Array  # i32 [B]  the newest token, not yet in the state
     context: Context | None
     keys: Array | None  # typed key [B]
-    step: Array  # i32 []  tokens emitted so far
+    step: Array  # i32 [B]  tokens emitted so far
 
 
 @jax.tree_util.register_dataclass
@@ -68,8 +69,7 @@ class Emitted:
 def _choose(config, params, sampler, top, x, carry: Carry) -> tuple[Carry, Emitted]:
     """Sample from the newest hidden vectors x [B, D]; a row's key is its own, folded with the step."""
     logits = layers.logits(config, params, x)
-    fold = jax.vmap(jax.random.fold_in, (0, None))
-    keys = None if carry.keys is None else fold(carry.keys, carry.step)
+    keys = None if carry.keys is None else jax.vmap(jax.random.fold_in)(carry.keys, carry.step)
     token, _ = sampling.sample(sampler, logits, keys, carry.context)
     own = jax.nn.log_softmax(logits, -1)
     logprob = jnp.take_along_axis(own, jnp.maximum(token, 0)[:, None], 1)[:, 0]
@@ -135,6 +135,17 @@ def prefill(model: Model, rows: Sequence[Sequence[int]], state: State) -> tuple[
 # ---- the loop -------------------------------------------------------------------------------------------
 
 
+class Speculates(Protocol):
+    """What may take the place of the loop below: `spec_decode.Speculative`."""
+
+    @property
+    def nodes(self) -> int:
+        """Most tokens it appends to the state at once."""
+
+    def run(self, model: Model, plan: Plan, state: State, last: Array) -> Any:
+        """An iterable of what `_loop` yields, SKIPPED where a row got no token; its `report()` ends the result."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """Everything the loop needs besides the model."""
@@ -145,16 +156,17 @@ class Plan:
     keys: Array | None
     top: int
     mask: MaskCallback | None
-    overflow: Overflow
+    room: Mapping[str, Any]  # overflow, max_len, sinks and kv_format, as `new_state` takes them
     free: bool  # whether a step can start before the host has seen the one before
     steps: int  # decoding steps per program
 
 
-def _first(model: Model, plan: Plan, state: State, last: Array) -> tuple[Carry, Emitted]:
+def first_token(model: Model, plan: Plan, state: State, last: Array) -> tuple[Carry, Emitted]:
+    """What `prefill` left becomes the first token of every row -> as `advance` by one step."""
     context = sampling.init_context(plan.sampler, model.config.vocab, plan.rows)
     # numpy's zeros: jax's own would be a small program each, compiled at every first start.
     zero = np.zeros(len(plan.rows), np.int32)
-    carry = Carry(state, zero, context, plan.keys, np.zeros((), np.int32))
+    carry = Carry(state, zero, context, plan.keys, zero)
     sampler = _masked(plan, [[] for _ in plan.rows])
     return choose(model.config, model.params, sampler, plan.top, last, carry)
 
@@ -169,7 +181,7 @@ def _masked(plan: Plan, so_far: Sequence[Sequence[int]]) -> Sampler:
 
 def _loop(model: Model, plan: Plan, state: State, last: Array) -> Iterator[tuple[Emitted, State]]:
     """What each step emitted (numpy, [B] each), and a state that holds at least the tokens before it."""
-    carry, many = _first(model, plan, state, last)
+    carry, many = first_token(model, plan, state, last)
     so_far: list[list[int]] = [[] for _ in plan.rows]
     held = np.array(jax.device_get(state.length))
     while True:
@@ -178,7 +190,7 @@ def _loop(model: Model, plan: Plan, state: State, last: Array) -> Iterator[tuple
         if ahead:  # the device works on the next step while the host reads this one
             carry, following = advance(model.config, model.params, plan.sampler, plan.top, carry, steps=plan.steps)
             current = carry.state
-        for out in _unstack(jax.device_get(many)):
+        for out in unstacked(jax.device_get(many)):
             if np.any(out.token < 0):
                 raise JaxllmError("no token can follow: the logits are not numbers, or nothing is allowed")
             for row, token in zip(so_far, out.token, strict=True):
@@ -187,13 +199,14 @@ def _loop(model: Model, plan: Plan, state: State, last: Array) -> Iterator[tuple
             if len(so_far[0]) >= plan.new_tokens:
                 return
         if not ahead:
-            carry, held = _make_room(carry, held) if plan.overflow == "clear" else (carry, held)
+            carry, held = _make_room(carry, held) if plan.room["overflow"] == "clear" else (carry, held)
             carry, following = advance(model.config, model.params, _masked(plan, so_far), plan.top, carry)
             held = held + 1
         many = following
 
 
-def _unstack(many: Emitted) -> Iterator[Emitted]:
+def unstacked(many: Emitted) -> Iterator[Emitted]:
+    """One after the other, from a leading axis of steps."""
     for i in range(len(many.token)):
         yield jax.tree.map(lambda a, i=i: a[i], many)
 
@@ -233,18 +246,18 @@ def _keys(sampler: Sampler, key: Array | None, count: int, n: int) -> tuple[Arra
 class _Row:
     """One completion being written."""
 
-    def __init__(self, model: Model, prompt: list[int], strings, ends):
-        self.model, self.prompt = model, tuple(prompt)
+    def __init__(self, model: Model, prompt: list[int], strings, ends, most: int):
+        self.model, self.prompt, self.most = model, tuple(prompt), most
         self.text = Text(model.tokenizer, strings, ends)
         self.tokens: list[Token] = []
         self.reason: str | None = None
 
-    def push(self, id: int, logprob: float, top: Alternatives | None, last: bool) -> Token | None:
-        """The next token, unless the row has ended already."""
-        if self.reason is not None:
+    def push(self, id: int, logprob: float, top: Alternatives | None) -> Token | None:
+        """The next token, unless there was none or the row has ended already."""
+        if self.reason is not None or id == SKIPPED:
             return None
         text, self.reason = self.text.push(id)
-        if self.reason is None and last:
+        if self.reason is None and len(self.tokens) + 1 == self.most:
             text, self.reason = text + self.text.flush(), "length"
         self.tokens.append(Token(id, text, logprob, top, self.reason))
         return self.tokens[-1]
@@ -288,6 +301,7 @@ def generate(
     prefix: Prefix | None = None,
     steps: int | None = None,
     kv_format: str | None = None,
+    speculative: Speculates | None = None,
 ) -> Generation:
     """Continue one prompt or a batch of any lengths: text, token ids or chat messages.
 
@@ -303,25 +317,31 @@ def generate(
     prefix: tokens and state of an earlier single-row call, reused as far as the prompt begins with them.
     steps: decoding steps in one device program (default 1 on CPU, 8 elsewhere). kv_format: "int8", "fp8" or
     "int4" keeps the keys and values of past tokens in so many bits (see `init_state`).
+    speculative: a `spec_decode.Speculative`, for fewer forwards of the model and the same distribution of tokens.
 
     Raises ContextError, SamplerError, TokenizerError or JaxllmError before anything is computed.
     """
     began = time.perf_counter()
     rows = as_prompts(model, prompts, add_special=add_special)
+    if speculative is not None and steps is not None:
+        raise JaxllmError(
+            "steps are those of plain decoding; a speculative step has its own length: leave one out"
+        )
     strings, ids = stop_strings(stop, model.tokenizer)
     ends = ids | (model.eos_ids if eos is None else frozenset(eos))
     scored = score_rows(model, rows, logprobs) if prompt_logprobs else [None] * len(rows)
     plan, state, last, seed = _prepare(
         model, rows, max_new_tokens, sampler, key, n, logprobs, mask, max_len, overflow, sinks,
-        prefill_chunk_size, prefix, steps, kv_format,
+        prefill_chunk_size, prefix, steps, kv_format, speculative,
     )  # fmt: skip
-    outputs = [_Row(model, p, strings, ends) for p in plan.rows]
+    outputs = [_Row(model, p, strings, ends, max_new_tokens) for p in plan.rows]
     jax.block_until_ready(last)
     prefilled = time.perf_counter()
-    for i, (out, now) in enumerate(_loop(model, plan, state, last)):
+    made = _steps(speculative, model, plan, state, last)
+    for out, now in made:
         held = now
         for j, row in enumerate(outputs):
-            row.push(*_read(out, j, logprobs), i + 1 == max_new_tokens)
+            row.push(*_read(out, j, logprobs))
         if all(row.reason for row in outputs):
             break
     finished = time.perf_counter()
@@ -329,7 +349,12 @@ def generate(
         prefilled - began, finished - prefilled, sum(map(len, rows)), sum(len(r.tokens) for r in outputs)
     )
     completions = tuple(r.completion(scored[j // n]) for j, r in enumerate(outputs))
-    return Generation(completions, timings, seed, _prefix(outputs[0], held) if len(outputs) == 1 else None)
+    prefix = _prefix(outputs[0], held) if len(outputs) == 1 else None
+    return Generation(completions, timings, seed, prefix, made.report() if speculative else None)
+
+
+def _steps(speculative: Speculates | None, *start: Any) -> Iterable[tuple[Emitted, State]]:
+    return _loop(*start) if speculative is None else speculative.run(*start)
 
 
 def _read(out: Emitted, row: int, logprobs: int) -> tuple[int, float, Alternatives | None]:
@@ -357,6 +382,7 @@ def stream(
     add_special: bool = True,
     prefix: Prefix | None = None,
     kv_format: str | None = None,
+    speculative: Speculates | None = None,
 ) -> Iterator[Token]:
     """Tokens of one completion as they are made; the same tokens as `generate`, with the same arguments.
 
@@ -370,20 +396,21 @@ def stream(
     ends = ids | (model.eos_ids if eos is None else frozenset(eos))
     plan, state, last, _ = _prepare(
         model, rows, max_new_tokens, sampler, key, 1, logprobs, mask, max_len, overflow, sinks,
-        prefill_chunk_size, prefix, 1, kv_format,
+        prefill_chunk_size, prefix, 1, kv_format, speculative,
     )  # fmt: skip
-    row = _Row(model, rows[0], strings, ends)
-    for i, (out, now) in enumerate(_loop(model, plan, state, last)):
+    row = _Row(model, rows[0], strings, ends, max_new_tokens)
+    for out, now in _steps(speculative, model, plan, state, last):
         held = now
-        yield row.push(*_read(out, 0, logprobs), i + 1 == max_new_tokens)
+        yield row.push(*_read(out, 0, logprobs))
         if row.reason:
             break
     return _prefix(row, held)
 
 
 def _prepare(
-    model, rows, new_tokens, sampler, key, n, top, mask, max_len, overflow, sinks, chunk, prefix, steps, kv_format
-) -> tuple[Plan, State, Array, int | None]:
+    model, rows, new_tokens, sampler, key, n, top, mask, max_len, overflow, sinks, chunk, prefix, steps, kv_format,
+    speculative,
+) -> tuple[Plan, State, Array, int | None]:  # fmt: skip
     """Check everything, prefill, fork: (plan, state, last hidden vectors, seed)."""
     counts = {"max_new_tokens": new_tokens, "n": n, "prefill_chunk_size": chunk, "steps": steps or 1}
     if wrong := {k: v for k, v in counts.items() if not isinstance(v, int) or v < 1}:
@@ -391,11 +418,12 @@ def _prepare(
     if not 0 <= top <= model.config.vocab:
         raise JaxllmError(f"logprobs goes from 0 to {model.config.vocab}, got {top}")
     keys, seed = _keys(sampler, key, len(rows), n)
-    chunk = min(chunk, model.config.max_len)
-    reused = _reuse(prefix, rows, new_tokens, overflow, kv_format)
+    at_once = speculative.nodes if speculative else 1
+    chunk = min(max(chunk, at_once), model.config.max_len)
+    reused = _reuse(prefix, rows, new_tokens, overflow, kv_format, at_once)
+    room = dict(overflow=overflow, max_len=max_len, sinks=sinks, kv_format=kv_format)
     if reused is None:
-        room = dict(overflow=overflow, max_len=max_len, sinks=sinks, kv_format=kv_format)
-        state, rest = new_state(model, rows, new_tokens, chunk, **room), rows
+        state, rest = new_state(model, rows, new_tokens, chunk, spare=at_once - 1, **room), rows
     else:
         state, rest = reused
     state, last = prefill(model, rest, state)
@@ -405,7 +433,7 @@ def _prepare(
     free = mask is None and overflow != "clear" and _can_rewind(state)
     steps = (steps or _default_steps(last)) if free else 1
     forked = [row for row in rows for _ in range(n)]
-    return Plan(forked, new_tokens, sampler, keys, top, mask, overflow, free, steps), state, last, seed
+    return Plan(forked, new_tokens, sampler, keys, top, mask, room, free, steps), state, last, seed
 
 
 def _default_steps(x: Array) -> int:
@@ -417,7 +445,12 @@ def _can_rewind(state: State) -> bool:
 
 
 def _reuse(
-    prefix: Prefix | None, rows: list[list[int]], new_tokens: int, overflow: Overflow, kv_format: str | None
+    prefix: Prefix | None,
+    rows: list[list[int]],
+    new_tokens: int,
+    overflow: Overflow,
+    kv_format: str | None,
+    at_once: int,
 ):
     """(state cut back to what the prompt shares with the prefix, the rest of the prompt), or None."""
     if prefix is None:
@@ -432,6 +465,7 @@ def _reuse(
     back = len(prefix.tokens) - shared
     if (
         not fits
+        or state.chunk < at_once
         or kv_format != state_format(state)
         or evicting != (overflow == "evict-oldest")
         or shared <= 0

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from jaxllm.state import State
 
 FinishReason = Literal["eos", "stop", "length"]
+SKIPPED = -2  # in place of a token: this row got none in this step
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,30 @@ class Timings:
 
 
 @dataclass(frozen=True)
+class Speculation:
+    """How speculative decoding went. A verification looks at the drafts of each row place by place."""
+
+    new_tokens: int  # after the first of each row, which comes from the prompt
+    verifications: int  # forwards of the target over a draft
+    plain_steps: int  # forwards of the target without one
+    looked_at: tuple[int, ...]  # drafts at each place whose turn came, over all rows and steps
+    kept: tuple[int, ...]  # and those of them that were kept
+    draft_seconds: float  # wall clock, prefill of the drafter included
+    verify_seconds: float
+
+    @property
+    def acceptance(self) -> tuple[float, ...]:
+        """Share of drafts kept at each place, of those whose turn came."""
+        return tuple(k / n if n else math.nan for k, n in zip(self.kept, self.looked_at, strict=True))
+
+    @property
+    def tokens_per_step(self) -> float:
+        """New tokens, of all rows together, for each forward of the target."""
+        steps = self.verifications + self.plain_steps
+        return self.new_tokens / steps if steps else math.nan
+
+
+@dataclass(frozen=True)
 class Generation(Sequence):
     """Completions in the order of the prompts; with n samples a prompt, those of a prompt lie together."""
 
@@ -110,6 +135,7 @@ class Generation(Sequence):
     timings: Timings
     seed: int | None = None  # of the key, where generate chose one itself
     prefix: Prefix | None = field(default=None, repr=False)  # of a single row: continue from here
+    speculation: Speculation | None = None  # where it was asked for
 
     def __getitem__(self, i: Any) -> Any:
         return self.completions[i]

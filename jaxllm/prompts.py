@@ -89,8 +89,11 @@ def new_state(
     max_len: int | None = None,
     sinks: int = 0,
     kv_format: str | None = None,
+    spare: int = 0,
 ) -> State:
     """An empty state for these prompts and what will follow; arguments as in `generate`.
+
+    spare: slots beyond, as far as the model's context has them, for drafts that may be taken back.
 
     Raises ContextError that says which limit is passed."""
     config = model.config
@@ -102,7 +105,7 @@ def new_state(
     if sinks:
         raise ContextError("sinks belong to overflow='evict-oldest'; the other policies keep no tokens")
     held = longest + new_tokens - 1  # the last token is never fed
-    size = limit if max_len else bucket(min(held, limit), config)
+    size = limit if max_len else bucket(min(held + spare, limit), config)
     if overflow == "clear":
         return make(size)
     if overflow != "error":

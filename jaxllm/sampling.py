@@ -101,10 +101,14 @@ def sample(
     else:
         _check_keys(keys, logits)
         logprobs = sampler.distribution(logits, context, keys)
-        noise = jax.vmap(lambda k: jax.random.gumbel(k, logprobs.shape[-1:]))(_derive(keys, 0))
-        tokens = jnp.argmax(logprobs + noise, -1)
+        tokens = jnp.argmax(logprobs + noise(keys, logprobs.shape[-1]), -1)
     chosen = jnp.take_along_axis(logprobs, tokens[:, None], -1)[:, 0]
     return jnp.where(chosen > -jnp.inf, tokens.astype(jnp.int32), -1), logprobs
+
+
+def noise(keys: jax.Array, vocab: int) -> jax.Array:
+    """What `sample` adds to log-probabilities before it takes the largest: f32 [B, V] of typed keys [B]."""
+    return jax.vmap(lambda key: jax.random.gumbel(key, (vocab,)))(_derive(keys, 0))
 
 
 def _apply(steps: Sequence[Step], logits: jax.Array, context: Context | None, keys) -> jax.Array:

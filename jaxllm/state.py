@@ -302,6 +302,41 @@ def _lost(ring: KV | Latent, state: State, length: np.ndarray) -> bool:
     return bool(np.any(needed & (held != due) & (held != EVICTED)))
 
 
+def keep_path(state: State, start: Array, path: Array | None, count: Array) -> State:
+    """The state in which, of the nodes appended from length `start` i32 [B] on, path[:count] remain, one after the
+    other: equal to having appended those tokens alone.
+
+    path i32 [B, P]: numbers of appended nodes, each before its descendants; None: 0, 1, 2 ... count i32 [B]: at
+    most P. Only the slots of the path are moved. A recurrent layer stays as it is: it has read all of them.
+    """
+    layers = [c if isinstance(c, Recurrent) else _keep_path(c, state, start, path, count) for c in state.layers]
+    return replace(state, layers=tuple(layers), length=start + count)
+
+
+def _keep_path(cache: KV | Latent, state: State, start: Array, path: Array | None, count: Array) -> KV | Latent:
+    start = start[:, None]
+    if path is None:
+        return replace(cache, pos=jnp.where(cache.pos >= start + count[:, None], EMPTY, cache.pos))
+    size, to = cache.pos.shape[1], jnp.arange(path.shape[1])[None]
+    kept = jnp.where(to < count[:, None], start + to, -1)
+    source = slots(Step(start + path, jnp.maximum(path, 0), None, state.window, state.sinks), size)
+    target = slots(Step(start + to, kept, None, state.window, state.sinks), size)
+    row = jnp.arange(kept.shape[0])[:, None]
+    pos = jnp.where(cache.pos >= start, EMPTY, cache.pos).at[row, target].set(kept, mode="drop")
+    lines = {
+        n: _moved(getattr(cache, n), source, target) for n in (("k", "v") if isinstance(cache, KV) else ("c",))
+    }
+    return replace(cache, pos=pos, **lines)
+
+
+def _moved(line: Array | CacheCodes, source: Array, target: Array) -> Array | CacheCodes:
+    """Slots `source` i32 [B, P] of [B, K, S, h] copied to slots `target`; those of S are dropped."""
+    if isinstance(line, CacheCodes):
+        return replace(line, codes=_moved(line.codes, source, target), scale=_moved(line.scale, source, target))
+    taken = jnp.take_along_axis(line, source[:, None, :, None], 2, mode="clip")
+    return ops.put(line, taken.swapaxes(1, 2), target)
+
+
 def insert(state: State, one: State, slot: Array | int) -> State:
     """`state` with row `slot` replaced by the only row of `one` (made with the same options).
 

@@ -135,6 +135,10 @@ class Tokenizer:
             return bytes([int(match[1], 16)])
         return (spelling.replace("▁", " ") if self._has_blanks else spelling).encode()
 
+    def vocabulary(self) -> dict[str, int]:
+        """Every token's spelling and id, added tokens included."""
+        return self._backend.get_vocab(with_added_tokens=True)
+
     def files(self) -> dict[str, bytes]:
         """Name -> contents of the files that `load_tokenizer` makes this tokenizer of, in any folder."""
         config = {**self._names, "additional_special_tokens": self._extra_names}

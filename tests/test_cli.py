@@ -109,6 +109,8 @@ def test_help_fits_a_screen(run, command):
         (("generate", "x", "--n", "2"), "all the same"),
         (("generate", "x", "--logprobs", "2"), "--json"),
         (("generate", "x", "--overflow", "ignore"), "evict-oldest"),
+        (("generate", "x", "--ngram", "--draft"), "not allowed with argument"),
+        (("generate", "x", "--self", "0"), "whole number of at least 1"),
         (("generate", "x", "--dtype", "int3"), "bfloat16"),
         (("score",), "nothing to score"),
         (("score", "-", "-"), "once only"),

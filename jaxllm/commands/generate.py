@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from jaxllm.commands import common
+from jaxllm.commands import common, speculation
 from jaxllm.model import Model
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         default="error",
         help="of the context: error, evict-oldest or clear",
     )
+    speculation.arguments(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object: text, tokens, timings, ...")
 
 
@@ -52,6 +53,7 @@ def run(args: argparse.Namespace) -> None:
         stop=args.stop or None,
         max_len=args.max_len,
         overflow=args.overflow,
+        speculative=speculation.make(args, model),
     )
     prompt = common.prompt_text(args.prompt)
     if args.json or args.n > 1:
@@ -95,6 +97,8 @@ def as_json(model: Model, made: Generation, *, seed: int | None, logprobs: bool)
             "tokens_per_second": made.timings.tokens_per_second,
         },
     }
+    if made.speculation is not None:
+        shared["speculation"] = speculation.as_json(made.speculation)
     return each[0] | shared | ({"completions": each} if len(each) > 1 else {})
 
 

@@ -1,0 +1,187 @@
+"""Drafts of a model: a smaller one, or the target itself made cheaper.
+
+B rows, N nodes of a tree (node 0 is the newest token), D drafts on its longest path, V the target's vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.decode import Plan, prefill
+from jaxllm.draft_grow import Choice, draft_chain, draft_tree
+from jaxllm.errors import ContextError, JaxllmError, TokenizerError
+from jaxllm.model import Model
+from jaxllm.prompts import new_state
+from jaxllm.sampling import Sampler
+from jaxllm.spec_decode import Asked
+from jaxllm.spec_verify import Draft
+from jaxllm.state import Recurrent, State, keep_path, select_rows
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftModel:
+    """A model that is cheaper than the target and says much the same: a chain, or a tree of fixed widths.
+
+    widths: children of each node at each depth; all 1 is a chain. choice, where the sampler is not greedy: "draw"
+    from the draft's processed distribution, siblings without replacement, to be weighed by it; "couple": draw with
+    the very noise that the target draws with, so that the two often agree and tokens are those of plain decoding
+    with the same keys (arXiv 2408.07978); "top": take the most probable, with which tokens are those, too.
+    """
+
+    model: Model
+    widths: tuple[int, ...] = (1,) * 6
+    choice: Choice = "draw"
+
+    def __post_init__(self) -> None:
+        if not self.widths or min(self.widths) < 1:
+            raise JaxllmError(f"widths are whole numbers of at least 1, one for each depth, got {self.widths}")
+        if self.choice not in ("draw", "couple", "top"):
+            raise JaxllmError(f"choice is 'draw', 'couple' or 'top', got {self.choice!r}")
+
+    @property
+    def nodes(self) -> int:
+        return 1 + int(np.cumprod(self.widths).sum())
+
+    @property
+    def chain(self) -> bool:
+        return set(self.widths) == {1}
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        deepest = len(self.widths)
+        return tuple(range(1, deepest + 1)) if self.chain else (deepest,)
+
+    def init(self, target: Model, plan: Plan) -> Memory:
+        """The prompts, read by the draft model.
+
+        Raises TokenizerError for another vocabulary, ContextError where its context is too short, JaxllmError for
+        recurrent layers.
+        """
+        check_vocabulary(target, self.model)
+        unique = list(dict.fromkeys(map(tuple, plan.rows)))  # samples of one prompt share it
+        state = self._state(plan, unique)
+        if any(isinstance(c, Recurrent) for c in state.layers):
+            raise JaxllmError(
+                f"the draft model {self.model.name} has recurrent layers, which cannot take drafts back"
+            )
+        state, _ = prefill(self.model, unique, state)
+        if len(unique) < len(plan.rows):
+            state = select_rows(state, jnp.asarray([unique.index(tuple(row)) for row in plan.rows]))
+        sampler, choice = plan.sampler, self.choice
+        if sampler.greedy:
+            sampler, choice = Sampler(sampler.steps[:-1]), "top"
+        held = np.array([len(row) for row in plan.rows])
+        return Memory(state, held, None, np.zeros_like(held), sampler, choice, target.config.vocab)
+
+    def _state(self, plan: Plan, unique: Sequence[Sequence[int]]) -> State:
+        wanted = max(map(len, unique)) + plan.new_tokens
+        config = self.model.config
+        if plan.room["overflow"] == "error" and wanted > config.max_len:
+            raise ContextError(
+                f"the draft model {self.model.name} has a context of {config.max_len} tokens, and {wanted} are "
+                "wanted; shorten them, or choose another drafter"
+            )
+        chunk = min(max(CHUNK, self.nodes), config.max_len)
+        return new_state(self.model, unique, plan.new_tokens, chunk, spare=self.nodes, **plan.room)
+
+    def propose(self, memory: Memory, asked: Asked) -> tuple[Draft | None, Memory]:
+        """Catch up with the target, then draft."""
+        held = np.array([len(row) for row in asked.rows])
+        room = memory.state.capacity
+        if room is not None and held[asked.live].max() + self.nodes > room:
+            return None, memory
+        state, tokens, n_new = self._catch_up(memory, asked.rows)
+        carry, model = asked.carry, self.model
+        args = (model.config, model.params, memory.sampler, state, tokens, n_new)
+        place = (carry.context, carry.keys, carry.step)
+        how = dict(choice=memory.choice, vocab=memory.vocab)
+        if self.chain:
+            draft, state = draft_chain(*args, place, np.int32(asked.length), nodes=self.nodes, **how)
+        else:
+            draft, state = draft_tree(*args, place, widths=self.widths, **how)
+        fed = asked.length - 1
+        return draft, dataclasses.replace(memory, state=state, held=held, path=None, kept=0 * held, fed=fed)
+
+    def _catch_up(self, memory: Memory, rows: Sequence[Sequence[int]]) -> tuple[State, np.ndarray, np.ndarray]:
+        """(the state without rejected drafts, the last tokens it lacks i32 [B, 2], how many they are i32 [B])."""
+        state = settled(memory.state, memory.held, memory.path, memory.kept)
+        known = memory.held + memory.kept
+        lacking = [list(row[n:]) for row, n in zip(rows, known, strict=True)]
+        if max(map(len, lacking)) > 2:  # after plain steps
+            state, _ = prefill(self.model, [row[:-1] for row in lacking], state)
+            lacking = [row[-1:] for row in lacking]
+        tokens = np.zeros((len(rows), 2), np.int32)
+        for line, row in zip(tokens, lacking, strict=True):
+            line[: len(row)] = row
+        return state, tokens, np.array([len(row) for row in lacking], np.int32)
+
+    def accept(self, memory: Memory, path: Array, kept: np.ndarray) -> Memory:
+        """Remember which drafts were kept; those on the last depth were never fed."""
+        kept = np.clip(kept, 0, memory.fed)
+        return dataclasses.replace(memory, path=None if self.chain else path[:, 1:] - 1, kept=kept)
+
+
+CHUNK = 64  # tokens that the draft model reads at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """What a draft model remembers."""
+
+    state: State  # drafts may still be in it
+    held: np.ndarray  # i32 [B]  tokens of each row in the state, without drafts
+    path: Array | None  # i32 [B, D]  where, after `held`, the drafts that were kept lie; None: one after the other
+    kept: np.ndarray  # i32 [B]  how many of them were kept
+    sampler: Sampler  # its distribution is what drafts are chosen by
+    choice: Choice
+    vocab: int  # of the target
+    fed: int = 0  # drafts of a path that are in the state
+
+
+@partial(jax.jit, donate_argnums=0)
+def settled(state: State, held: Array, path: Array | None, kept: Array) -> State:
+    """The state with the kept drafts alone."""
+    return keep_path(state, held, path, kept)
+
+
+# ---- the target itself, made cheaper --------------------------------------------------------------------
+
+
+def early_exit(model: Model, depth: int) -> Model:
+    """The first `depth` layers of a model, under its own norm and head (as in LayerSkip, arXiv 2404.16710).
+
+    Raises JaxllmError unless 1 <= depth < layers.
+    """
+    most = len(model.config.blocks) - 1
+    if not 1 <= depth <= most:
+        raise JaxllmError(f"an early exit comes after layer 1 to {most} of this model, got {depth}")
+    config = dataclasses.replace(model.config, blocks=model.config.blocks[:depth])
+    params = {**model.params, "layers": model.params["layers"][:depth]}
+    return dataclasses.replace(model, config=config, params=params, name=f"{model.name}, {depth} layers")
+
+
+def check_vocabulary(target: Model, draft: Model) -> None:
+    """Raise TokenizerError unless every token of the target is the same token of the draft."""
+    sizes = target.config.vocab, draft.config.vocab
+    ours, theirs = target.tokenizer, draft.tokenizer
+    if ours is None or theirs is None:
+        if sizes[0] != sizes[1]:
+            raise TokenizerError(
+                f"the draft model has a vocabulary of {sizes[1]} tokens and the target {sizes[0]}; choose a draft "
+                "model with the target's tokenizer"
+            )
+        return
+    differ = sorted(ours.vocabulary().items() ^ theirs.vocabulary().items(), key=lambda item: item[1])
+    if differ:
+        raise TokenizerError(
+            f"the tokens of the draft model {draft.name} are others than the target's ({len(differ)} differ, "
+            f"such as {differ[0][0]!r}, {differ[0][1]}); choose a draft model with the target's tokenizer"
+        )

@@ -1,0 +1,369 @@
+"""Speculative decoding: a drafter proposes a tree, one forward of the target verifies it, the state keeps a path.
+
+What comes out has the distribution of plain decoding (see `spec_verify`); the drafter decides only how fast.
+B rows, N nodes of a tree, D drafts on its longest path, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm import decode, layers, sampling
+from jaxllm.config import ModelConfig
+from jaxllm.decode import Carry, Emitted, Plan
+from jaxllm.errors import JaxllmError
+from jaxllm.generation import SKIPPED, Speculation
+from jaxllm.model import Model
+from jaxllm.sampling import Sampler
+from jaxllm.spec_length import Pace
+from jaxllm.spec_verify import (
+    Draft,
+    Rule,
+    Tree,
+    along,
+    chain_of,
+    follow,
+    offered,
+    path_to,
+    processed,
+    reject,
+    relations,
+    typical,
+)
+from jaxllm.state import Recurrent, State, keep_path
+
+Array = jax.Array
+_ACCEPT = 1 << 30  # what a step's key is folded with for the uniforms; `sampling` uses small numbers
+_AS_IT_IS = Sampler(())
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What a drafter may look at."""
+
+    rows: list[list[int]]  # prompt and tokens so far; the newest is not in the target's state yet
+    carry: Carry  # of the target: contexts, keys and steps
+    length: int  # the most drafts on a path
+    live: np.ndarray  # bool [B]  rows whose drafts matter
+
+
+class Drafter(Protocol):
+    """Something that guesses what the target will say. It holds no state: what it remembers goes in and out."""
+
+    nodes: int  # most nodes of a tree it proposes, node 0 included
+    lengths: tuple[int, ...]  # how many drafts on a path it can be asked for, ascending
+
+    def init(self, target: Model, plan: Plan) -> Any:
+        """What it remembers of the prompts. Raises JaxllmError where it cannot draft for this target."""
+
+    def propose(self, memory: Any, asked: Asked) -> tuple[Draft | None, Any]:
+        """A tree behind the newest tokens (None: nothing to propose), and what it remembers now."""
+
+    def accept(self, memory: Any, path: Array, kept: np.ndarray) -> Any:
+        """After verification: path i32 [B, D + 1] of nodes (node 0 first), of which 1 + kept i32 [B] remain."""
+
+
+# ---- one verification -----------------------------------------------------------------------------------
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Verified:
+    """What one verification tells."""
+
+    emitted: Emitted  # leading axis [D + 1]; SKIPPED behind a row's last token
+    tokens: Array  # i32 [B, N]  of the tree, the newest token first
+    path: Array  # i32 [B, D + 1]  nodes kept, -1 behind the last
+    kept: Array  # i32 [B]  drafts kept
+    offered: Array  # bool [B]  whether there was a draft to look at behind the last one kept
+    before: tuple[Recurrent, ...]  # recurrent layers as they were, for `replay`
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Nodes:
+    """What the target says behind each node of a tree."""
+
+    tree: Tree
+    fed: Array  # i32 [B]  nodes that were appended
+    state: State  # all of them appended
+    logits: Array  # f32 [B, N, V]
+    contexts: sampling.Context | None  # leaves [B, N, ...]
+    keys: Array | None  # typed [B, N]  the key plain decoding would draw with there
+
+
+@partial(jax.jit, static_argnames=("config", "top", "rule"), donate_argnames="carry")
+def verify(
+    config: ModelConfig,
+    params: dict,
+    sampler: Sampler,
+    top: int,
+    rule: Rule,
+    carry: Carry,
+    draft: Draft,
+    live: Array,
+) -> tuple[Carry, Verified]:
+    """One forward over a drafted tree: what is kept of it and one token more, in rows where live bool [B]."""
+    nodes = examine(config, params, carry, draft.tree, live)
+    at, token = judge(sampler, rule, nodes, draft.probs, _uniforms(carry, nodes.tree))
+    return settle(top, carry, nodes, at, token, live)
+
+
+def examine(config: ModelConfig, params: dict, carry: Carry, tree: Tree, live: Array) -> Nodes:
+    """Append a tree to the target's state; node 0 becomes the newest token."""
+    tree = dataclasses.replace(tree, tokens=tree.tokens.at[:, 0].set(carry.token))
+    N = tree.tokens.shape[1]
+    last = jnp.where(tree.tokens >= 0, jnp.arange(N), 0).max(-1)
+    fed = jnp.where(live, last + 1, 0)  # what lies behind the last draft is padding, which costs little
+    depth, sees = relations(tree)
+    shape = {} if tree.chain else dict(depth=depth, tree=sees)
+    tokens = jnp.maximum(tree.tokens, 0)
+    x, state, _ = layers.hidden(config, params, tokens, carry.state, n_new=fed, **shape)
+    logits = layers.logits(config, params, x)
+    return Nodes(tree, fed, state, logits, along(carry.context, tree), keys_at(carry, depth))
+
+
+def keys_at(carry: Carry, depth: Array) -> Array | None:
+    """The keys of the tokens behind nodes at `depth` i32 [B, n]: typed [B, n]; None for a greedy sampler."""
+    if carry.keys is None:
+        return None
+    fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))
+    return fold(carry.keys, carry.step[:, None] + depth)
+
+
+def _uniforms(carry: Carry, tree: Tree) -> Array | None:
+    if carry.keys is None:
+        return None
+    drafts = tree.tokens.shape[1] - 1
+    keys = jax.vmap(jax.random.fold_in)(carry.keys, carry.step)
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, _ACCEPT)
+    return jax.vmap(lambda key: jax.random.uniform(key, (drafts,)))(keys)
+
+
+def judge(
+    sampler: Sampler, rule: Rule, nodes: Nodes, probs: Array | None, uniform: Array | None
+) -> tuple[Array, Array]:
+    """(the last node kept, the token that follows it), i32 [B] each; -1 where nothing can follow."""
+    row = jnp.arange(len(nodes.fed))
+    if rule == "exact" and probs is None:
+        draw = lambda *node: sampling.sample(sampler, *node)[0]
+        drawn = jax.vmap(draw, in_axes=1, out_axes=1)(nodes.logits, nodes.keys, nodes.contexts)
+        at = follow(nodes.tree, drawn)
+        return at, drawn[row, at]
+    logprobs = processed(sampler, nodes.logits, nodes.contexts, nodes.keys)
+    if rule == "typical":
+        at = typical(nodes.tree, jnp.exp(logprobs))
+        rest = logprobs[row, at]
+    else:
+        at, rest, _ = reject(nodes.tree, jnp.exp(logprobs), probs, uniform)
+        rest = jnp.log(rest)
+    if sampler.greedy:
+        return at, sampling.sample(sampler, rest, None)[0]
+    return at, sampling.sample(_AS_IT_IS, rest, nodes.keys[row, at])[0]
+
+
+def settle(top: int, carry: Carry, nodes: Nodes, at: Array, token: Array, live: Array) -> tuple[Carry, Verified]:
+    """Keep the path to node `at` i32 [B] and emit it, with `token` i32 [B] behind it."""
+    tree, path = nodes.tree, path_to(nodes.tree, at)
+    kept = jnp.where(live, (path >= 0).sum(-1) - 1, -1)
+    state = keep_path(nodes.state, carry.state.length, None if tree.chain else path, kept + 1)
+    out = _emitted(nodes, path, kept, token, top)
+    context = carry.context
+    for tokens in out.token:
+        context = sampling.observe(context, tokens, tokens >= 0)
+    token = jnp.where(live, token, carry.token)
+    after = dataclasses.replace(carry, state=state, token=token, context=context, step=carry.step + kept + 1)
+    before = tuple(c for c in carry.state.layers if isinstance(c, Recurrent))
+    return after, Verified(out, tree.tokens, path, kept, offered(tree, at), before)
+
+
+def _emitted(nodes: Nodes, path: Array, kept: Array, last: Array, top: int) -> Emitted:
+    """The drafts kept and the token behind them, under the model's own distribution."""
+    taken = jnp.maximum(path, 0)
+    following = jnp.take_along_axis(nodes.tree.tokens, jnp.roll(taken, -1, 1), 1)
+    place = jnp.arange(path.shape[1])
+    token = jnp.where(place < kept[:, None], following, SKIPPED)
+    token = jnp.where(place == kept[:, None], last[:, None], token)
+    own = jax.nn.log_softmax(jnp.take_along_axis(nodes.logits, taken[..., None], 1), -1)
+    logprob = jnp.take_along_axis(own, jnp.maximum(token, 0)[..., None], 2)[..., 0]
+    out = Emitted(token, logprob, *sampling.top_logprobs(own, top))
+    return jax.tree.map(lambda a: a.swapaxes(0, 1), out)
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames="carry")
+def replay(
+    config: ModelConfig, params: dict, carry: Carry, before: tuple[Recurrent, ...], tokens: Array, kept: Array
+) -> Carry:
+    """The carry whose recurrent layers have read the newest token and the drafts kept, and none of the others.
+
+    tokens i32 [B, N] as they were verified; before: those layers from before them. The caches of other layers are
+    written once more with what they hold.
+    """
+    old = iter(before)
+    caches = tuple(next(old) if isinstance(c, Recurrent) else c for c in carry.state.layers)
+    state = dataclasses.replace(carry.state, layers=caches)
+    state = keep_path(state, carry.state.length - kept - 1, None, jnp.zeros_like(kept))
+    _, state, _ = layers.hidden(config, params, jnp.maximum(tokens, 0), state, n_new=kept + 1)
+    return dataclasses.replace(carry, state=state)
+
+
+# ---- the loop -------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Speculative:
+    """How to decode speculatively; what `generate` and `stream` take as `speculative`.
+
+    length: drafts on a path, or "auto": as many as give the most tokens per second by the acceptance and the times
+    measured so far, none where drafting does not pay. rule: "exact" keeps the target's distribution; "typical"
+    (Medusa's) does not, and keeps more.
+
+    With drafts that are drawn (see `Draft`) tokens depend on the length too, so with "auto" the same key may give
+    other tokens, of the same distribution. Greedy tokens never change, and neither do those of drafts not drawn.
+    """
+
+    drafter: Drafter
+    length: int | Literal["auto"] = "auto"
+    rule: Rule = "exact"
+
+    def __post_init__(self) -> None:
+        lengths = self.drafter.lengths
+        if self.length != "auto" and self.length not in lengths:
+            raise JaxllmError(f"this drafter drafts {_span(lengths)} tokens ahead or 'auto', got {self.length!r}")
+        if self.rule not in ("exact", "typical"):
+            raise JaxllmError(f"rule is 'exact' or 'typical', got {self.rule!r}")
+
+    @property
+    def nodes(self) -> int:
+        """Slots that one verification needs in a state."""
+        return self.drafter.nodes
+
+    def run(self, model: Model, plan: Plan, state: State, last: Array) -> Run:
+        """The loop, from what `prefill` left."""
+        return Run(self, model, plan, state, last)
+
+
+def _span(lengths: tuple[int, ...]) -> str:
+    return f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
+
+
+class Run:
+    """One generation: iterate over (what was emitted, state) as of `decode`, then ask for the `report`."""
+
+    def __init__(self, speculative: Speculative, model: Model, plan: Plan, state: State, last: Array):
+        _check(plan)
+        self.drafter, self.rule = speculative.drafter, speculative.rule
+        self.model, self.plan = model, plan
+        self.carry, self.first = decode.first_token(model, plan, state, last)
+        self.rows = [list(row) for row in plan.rows]
+        self.ends = np.array([len(row) + plan.new_tokens for row in plan.rows])
+        self.pace = Pace(speculative.drafter.lengths, speculative.length)
+        self.draft_seconds = self.verify_seconds = 0.0
+        self.verified = self.plain = 0
+
+    def __iter__(self) -> Iterator[tuple[Emitted, State]]:
+        began = time.perf_counter()
+        memory = self.drafter.init(self.model, self.plan)
+        self.draft_seconds += time.perf_counter() - began
+        yield from self._emit(self.first)
+        while self._live().any():
+            began, live = time.perf_counter(), self._live()
+            length = self.pace.choose() if self._roomy(live) else 0
+            draft, memory = self._draft(memory, length, live) if length else (None, memory)
+            if draft is None:
+                yield from self._without(live, began)
+                continue
+            seen = self._verify(draft, live)
+            memory = self.drafter.accept(memory, seen.path, seen.kept)
+            self.pace.verified(seen.kept[live], seen.offered[live])
+            yield from self._emit(seen.emitted)
+            self.pace.took(length, time.perf_counter() - began)
+
+    def _live(self) -> np.ndarray:
+        """bool [B]: rows that want more tokens."""
+        return np.fromiter(map(len, self.rows), int) < self.ends
+
+    def _roomy(self, live: np.ndarray) -> bool:
+        """Whether the state has room for a whole tree in every live row."""
+        room = self.carry.state.capacity
+        held = max(len(row) - 1 for row, wants in zip(self.rows, live, strict=True) if wants)
+        return room is None or held + self.drafter.nodes <= room
+
+    def _draft(self, memory: Any, length: int, live: np.ndarray) -> tuple[Draft | None, Any]:
+        began = time.perf_counter()
+        draft, memory = self.drafter.propose(memory, Asked(self.rows, self.carry, length, live))
+        jax.block_until_ready(draft)  # to know the times of both
+        self.draft_seconds += time.perf_counter() - began
+        return draft, memory
+
+    def _verify(self, draft: Draft, live: np.ndarray) -> Verified:
+        """The draft verified; on the host what the host reads."""
+        began, model, plan = time.perf_counter(), self.model, self.plan
+        args = (model.config, model.params, plan.sampler, plan.top, self.rule)
+        self.carry, seen = verify(*args, self.carry, draft, live)
+        emitted, kept, more = jax.device_get((seen.emitted, seen.kept, seen.offered))
+        if seen.before and np.any(kept + 1 < seen.tokens.shape[1]):
+            self.carry = replay(model.config, model.params, self.carry, seen.before, seen.tokens, seen.kept)
+        self.verify_seconds += time.perf_counter() - began
+        self.verified += 1
+        return dataclasses.replace(seen, emitted=emitted, kept=kept, offered=more)
+
+    def _without(self, live: np.ndarray, began: float) -> Iterator[tuple[Emitted, State]]:
+        """Plain decoding for a while: as long as the drafter rests, or one step."""
+        if not live.all():  # a row that has what it wants stands still: the tree of the newest token alone
+            none = Draft(chain_of(np.zeros((len(live), 1), np.int32)), None)
+            yield from self._emit(self._verify(none, live).emitted)
+            return
+        wanted = int((self.ends - np.fromiter(map(len, self.rows), int)).min())
+        steps = min(max(self.pace.resting, 1), wanted)
+        yield from self._advance(steps)
+        self.pace.plain(steps, time.perf_counter() - began)
+
+    def _advance(self, steps: int) -> Iterator[tuple[Emitted, State]]:
+        """Plain steps, the device one ahead of the host where it may be."""
+        model, plan = self.model, self.plan
+        args = (model.config, model.params, plan.sampler, plan.top)
+        self.carry, many = decode.advance(*args, self.carry)
+        for left in range(steps - 1, -1, -1):
+            now = many
+            if left and plan.free:
+                self.carry, many = decode.advance(*args, self.carry)
+            self.plain += 1
+            yield from self._emit(now)
+            if left and not plan.free:
+                self.carry, many = decode.advance(*args, self.carry)
+
+    def _emit(self, many: Emitted) -> Iterator[tuple[Emitted, State]]:
+        for out in decode.unstacked(jax.device_get(many)):
+            if np.any(out.token == -1):
+                raise JaxllmError("no token can follow: the logits are not numbers, or nothing is allowed")
+            for row, token in zip(self.rows, out.token.tolist(), strict=True):
+                if token != SKIPPED:
+                    row.append(token)
+            if np.any(out.token != SKIPPED):
+                yield out, self.carry.state
+
+    def report(self) -> Speculation:
+        """What was measured."""
+        new = sum(map(len, self.rows)) - sum(map(len, self.plan.rows)) - len(self.rows)
+        looked_at, kept = (tuple(a.tolist()) for a in (self.pace.looked_at, self.pace.kept))
+        return Speculation(
+            new, self.verified, self.plain, looked_at, kept, self.draft_seconds, self.verify_seconds
+        )
+
+
+def _check(plan: Plan) -> None:
+    if plan.mask is not None:
+        raise JaxllmError(
+            "speculative decoding takes no mask callback, which must see every token first; leave one out"
+        )
+    if plan.room["overflow"] == "clear":
+        raise JaxllmError("speculative decoding keeps its state: choose overflow='error' or 'evict-oldest'")
