@@ -43,13 +43,17 @@ struct Packed {
   Numbers scale, super_scale, zero, offset, super_offset;
 };
 
-// x as the kernels read it: `values` [m * parts, blocks, width] in the order in which codes leave a word, and for
-// each block its scale, its sum, and minus the center times its sum.
+// x as the kernels read it: `values` [m * parts / together, blocks, together, width] in the order in which codes leave
+// a word, and for each block its scale, its sum, and minus the center times its sum. Tiles have the upper bytes of
+// values [together, width] first, then the lower ones.
 struct Rounded {
   int16_t* values;
   float *scale, *sum;
   int32_t* start;
-  int64_t blocks, parts;
+  int64_t blocks, parts, together;
+
+  // Where the first block of a row is; the next one is `together` behind it.
+  int64_t first(int64_t row) const { return row / together * blocks * together + row % together; }
 };
 
 class Team;
@@ -63,14 +67,25 @@ void packed_gated(const Packed& p, const Packed& up, Activation activation, int 
 #define JAXLLM_PACKED_LEVEL(level)                                                            \
   namespace level {                                                                           \
   extern const int64_t kStripRows; /* rows of weights taken together */                       \
-  void round_row(const Packed& p, int64_t row, const Rounded& x);                             \
-  int64_t strip_bytes(const Packed& p); /* of working memory */                               \
+  void round_rows(const Packed& p, int64_t m0, int64_t m1, const Rounded& x);                 \
+  /* of working memory for so many rows of x and of w */                                      \
+  int64_t piece_bytes(const Packed& p, const Packed* up, const Rounded& x, int64_t m, int64_t n);                 \
   void packed(const Packed& p, const Packed* up, Activation activation, const Rounded& x, int64_t m0, int64_t m1, \
               int64_t n0, int64_t n1, void* memory);                                          \
   }
 JAXLLM_PACKED_LEVEL(portable)
 JAXLLM_PACKED_LEVEL(avx2)
 JAXLLM_PACKED_LEVEL(avx512)
+JAXLLM_PACKED_LEVEL(amx)
 #undef JAXLLM_PACKED_LEVEL
+
+namespace amx {
+// Whether the tiles' way is known to be the quicker one for `rows` of x and their parts, and takes these weights: its
+// whole numbers are bytes. It gives the bits of avx512.
+bool takes(const Packed& p, int64_t rows);
+
+// How many of the rows go into a tile.
+int64_t rows_together(int64_t rows);
+}  // namespace amx
 
 }  // namespace jaxllm

@@ -1,15 +1,10 @@
 // Products with packed weights: the rows of w lie across the lanes. Compiled once for each level.
 #include <algorithm>
 
-#include "convert.h"
-#include "ints.h"
-#include "packed.h"
+#include "packed_body.h"
 
 namespace jaxllm::JAXLLM_LEVEL {
 namespace {
-
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t up(int64_t a, int64_t unit) { return (a + unit - 1) / unit * unit; }
 
 constexpr int64_t kMostWidth = 32;
 
@@ -93,158 +88,7 @@ struct Bytes {
   }
 };
 
-bool has_bytes(const Packed& p) { return p.kind != Codes::kNibbles && p.kind != Codes::kTable; }
-int64_t words_of(const Packed& p) { return up(p.k, p.width) / (has_bytes(p) ? 4 : 8); }  // of a row
-int64_t padded_words(const Packed& p) { return up(words_of(p), kLanes); }
-
-// kLanes rows of weights with their words and numbers turned round: [.., kLanes].
-struct Strip {
-  uint32_t* words;
-  uint8_t* bytes;  // room for codes of a byte made of kFields
-  float *scale, *zero, *offset;
-};
-
-int64_t numbers_bytes(const Numbers& t, const Numbers& above) {
-  return t.data == nullptr ? 0 : (up(t.count, kLanes) + up(above.count, kLanes)) * kLanes * 4;
-}
-
-Strip strip_in(const Packed& p, void* memory) {
-  char* at = static_cast<char*>(memory);
-  Strip s{};
-  s.words = reinterpret_cast<uint32_t*>(at);
-  at += padded_words(p) * kLanes * 4;
-  s.bytes = reinterpret_cast<uint8_t*>(at);
-  at += p.kind == Codes::kFields ? padded_words(p) * kLanes * 4 : 0;
-  s.scale = reinterpret_cast<float*>(at);
-  at += numbers_bytes(p.scale, p.super_scale);
-  s.zero = p.zero.data ? reinterpret_cast<float*>(at) : nullptr;
-  at += numbers_bytes(p.zero, {});
-  s.offset = p.offset.data ? reinterpret_cast<float*>(at) : nullptr;
-  return s;
-}
-
-// Rows of codes in memory, `bytes` each.
-struct Lines {
-  const uint8_t* data;
-  int64_t bytes;
-  const uint8_t* at(int64_t row, int64_t word) const { return data + row * bytes + 4 * word; }
-};
-
-// to += code << shift of the fields of `bits` in count columns.
-template <int kBits>
-void add_fields(const uint8_t* fields, int shift, int64_t count, uint8_t* to) {
-  constexpr int kPer = 8 / kBits;
-  for (int64_t i = 0; i < count / kPer; ++i)
-    for (int j = 0; j < kPer; ++j)
-      to[i * kPer + j] = static_cast<uint8_t>(to[i * kPer + j] + ((fields[i] >> kBits * j & ((1 << kBits) - 1)) << shift));
-}
-
-void add_fields(int bits, const uint8_t* fields, int shift, int64_t count, uint8_t* to) {
-  if (bits == 1) add_fields<1>(fields, shift, count, to);
-  if (bits == 2) add_fields<2>(fields, shift, count, to);
-  if (bits == 4) add_fields<4>(fields, shift, count, to);
-}
-
-// Rows n to n + rows as the strip takes them: where they lie, or made bytes first.
-Lines lines(const Packed& p, int64_t n, int64_t rows, const Strip& s) {
-  if (p.kind != Codes::kFields) return {p.codes + n * p.row_bytes, p.row_bytes};
-  const int64_t bytes = 4 * padded_words(p);
-  const int64_t columns = least(up(p.k, p.width), p.row_bytes * 8 / p.low_bits);
-  std::fill(s.bytes, s.bytes + rows * bytes, uint8_t{0});
-  for (int64_t i = 0; i < rows; ++i) {
-    add_fields(p.low_bits, p.codes + (n + i) * p.row_bytes, 0, columns, s.bytes + i * bytes);
-    if (p.high) add_fields(p.high_bits, p.high + (n + i) * p.high_bytes, p.low_bits, columns, s.bytes + i * bytes);
-  }
-  return {s.bytes, bytes};
-}
-
-// Words w to w + kLanes of a row, zeros beyond its end.
-W words_at(const Lines& l, int64_t row, int64_t w) {
-  const int64_t left = l.bytes - 4 * w;
-  if (left >= 4 * kLanes) return load(reinterpret_cast<const uint32_t*>(l.at(row, w)));
-  uint32_t some[kLanes] = {};
-  if (left > 0) std::memcpy(some, l.at(row, w), static_cast<size_t>(left));
-  return load(some);
-}
-
-// to [lanes, lanes] = row(i) of every lane i, turned round; zeros where there are fewer rows.
-template <typename F>
-inline void turn_rows(int64_t rows, float* to, const F& row) {
-  V r[kLanes];
-  if (rows == kLanes) {
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < kLanes; ++i) r[i] = row(i);
-  } else {
-    for (int64_t i = 0; i < kLanes; ++i) r[i] = i < rows ? row(i) : set(0);
-  }
-  transpose(r);
-#pragma GCC unroll 16
-  for (int64_t i = 0; i < kLanes; ++i) store(to + i * kLanes, r[i]);
-}
-
-void turn_words(const Packed& p, const Lines& l, int64_t rows, uint32_t* words) {
-  const W flip = set_int(p.kind == Codes::kSigned ? static_cast<int32_t>(0x80808080u) : 0);
-  float* to = reinterpret_cast<float*>(words);  // bits are bits
-  int64_t w = 0;
-  for (; w < words_of(p) && 4 * (w + kLanes) <= l.bytes; w += kLanes)
-    turn_rows(rows, to + w * kLanes, [&](int64_t i) {
-      return reinterpret_cast<V>(either(load(reinterpret_cast<const uint32_t*>(l.at(i, w))), flip));
-    });
-  for (; w < words_of(p); w += kLanes)
-    turn_rows(rows, to + w * kLanes, [&](int64_t i) { return reinterpret_cast<V>(either(words_at(l, i, w), flip)); });
-}
-
-void turn_numbers(const Numbers& t, int64_t n, int64_t rows, float* to) {
-  for (int64_t g = 0; g < t.count; g += kLanes)
-    turn_rows(rows, to + g * kLanes, [&](int64_t i) { return numbers(t, (n + i) * t.count + g, t.count - g); });
-}
-
-void turn_scaled(const Numbers& t, const Numbers& above, float factor, int64_t n, int64_t rows, float* to) {
-  turn_numbers(t, n, rows, to);
-  if (above.data == nullptr && factor == 1) return;
-  float* over = to + up(t.count, kLanes) * kLanes;
-  if (above.data != nullptr) turn_numbers(above, n, rows, over);
-  for (int64_t g = 0; g < t.count; ++g) {
-    const V high = above.data ? load(over + g * above.count / t.count * kLanes) : set(1);
-    store(to + g * kLanes, load(to + g * kLanes) * (high * set(factor)));
-  }
-}
-
-void fill(const Packed& p, int64_t n, int64_t rows, const Strip& s) {
-  turn_words(p, lines(p, n, rows, s), rows, s.words);
-  turn_scaled(p.scale, p.super_scale, p.factor, n, rows, s.scale);
-  if (s.zero) turn_numbers(p.zero, n, rows, s.zero);
-  if (s.offset) turn_scaled(p.offset, p.super_offset, 1, n, rows, s.offset);
-}
-
 // ---- products ----------------------------------------------------------------------------------------------
-
-// What to fetch while a strip is at work: the codes and scales of the next one, which lie in a row, a little with
-// every block. They are needed only then, so the L2 cache will do.
-class Next {
- public:
-  Next(const Packed& p, int64_t n) {
-    const int64_t row = n + kLanes;
-    if (row + kLanes > p.n) return;
-    codes_ = p.codes + row * p.row_bytes;
-    scales_ = static_cast<const uint8_t*>(p.scale.data) + row * p.scale.count * bytes(p.scale.type);
-    end_ = codes_ + kLanes * p.row_bytes;
-    scales_end_ = scales_ + kLanes * p.scale.count * bytes(p.scale.type);
-    lines_ = (kLanes * p.row_bytes / kLine + up(p.k, p.width) / p.width - 1) / (up(p.k, p.width) / p.width);
-  }
-
-  // What goes with a block.
-  void some() {
-    for (int64_t i = 0; i < lines_ && codes_ < end_; ++i, codes_ += kLine) __builtin_prefetch(codes_, 0, 2);
-    if (scales_ < scales_end_) __builtin_prefetch(scales_, 0, 2);
-    scales_ += kLine;
-  }
-
- private:
-  static constexpr int64_t kLine = 64;
-  const uint8_t *codes_ = nullptr, *end_ = nullptr, *scales_ = nullptr, *scales_end_ = nullptr;
-  int64_t lines_ = 0;
-};
 
 // sums + the products of a word's codes with those of x: R rows of 16-bit pairs, `stride` words of 32 bits apart.
 // Few rows have several sums each, for one would wait for itself.
@@ -305,16 +149,6 @@ inline void add_rows(const Packed& p, const Rounded& x, const Strip& s, int64_t 
   for (int i = 0; i + 1 < R && x.parts == 2; i += 2) totals[i] = totals[i] + totals[i + 1];
 }
 
-V silu(V x) {
-  const V e = exp2(min(x, set(0) - x) * set(1.44269504f));  // of -|x|: nothing overflows
-  return x * where_zero(max(x, set(0)), e, set(1)) / (set(1) + e);
-}
-
-V gelu_tanh(V x) {
-  const V inner = set(0.797884561f) * fma(set(0.044715f) * x * x, x, x);
-  return set(0.5f) * x * (set(1) + tanh(inner));
-}
-
 // One product, or two of which one gates the other.
 struct Job {
   const Packed& p;
@@ -327,11 +161,12 @@ struct Job {
 template <int R, int Width, typename C>
 void some_rows(const Job& job, const Rounded& x, int64_t m, int64_t n, int64_t rows, bool fetch) {
   V totals[R], other[R];
-  add_rows<R, Width, C>(job.p, x, job.strip, m, Next(job.p, fetch ? n : job.p.n), totals);
-  if (job.up) add_rows<R, Width, C>(*job.up, x, job.up_strip, m, Next(*job.up, fetch ? n : job.p.n), other);
+  const auto next = [&](const Packed& p) { return fetch ? Next(p, n + kLanes, kLanes, x.blocks) : Next(); };
+  add_rows<R, Width, C>(job.p, x, job.strip, m, next(job.p), totals);
+  if (job.up) add_rows<R, Width, C>(*job.up, x, job.up_strip, m, next(*job.up), other);
   for (int64_t i = 0; i < R; i += x.parts) {
     V y = totals[i];
-    if (job.up) y = (job.activation == Activation::kSilu ? silu(y) : gelu_tanh(y)) * other[i];
+    if (job.up) y = activated(job.activation, y) * other[i];
     write(job.p.y, job.p.y_type, (m + i) / x.parts * job.p.n + n, y, rows);
   }
 }
@@ -361,29 +196,36 @@ void strips(const Job& job, const Rounded& x, int64_t m0, int64_t m1, int64_t n0
 
 extern const int64_t kStripRows = kLanes;
 
-void round_row(const Packed& p, int64_t row, const Rounded& x) {
+static void round_row(const Packed& p, int64_t row, const Rounded& x) {
   const Numbers from{p.x, p.x_type, p.k};
+  const int64_t first[2] = {x.first(row * x.parts), x.first(row * x.parts + x.parts - 1)};
   for (int64_t b = 0; b < x.blocks; ++b) {
     float values[kMostWidth];
     for (int64_t i = 0, k = b * p.width; i < p.width; i += kLanes, k += kLanes)
       store(values + i, k < p.k ? numbers(from, row * p.k + k, p.k - k) : set(0));
     for (int64_t part = 0; part < x.parts; ++part) {
-      const int64_t at = (row * x.parts + part) * x.blocks + b;
+      const int64_t at = first[part] + b * x.together;
       round_block(values, p.width, has_bytes(p), x.values + at * p.width, x.scale + at, x.sum + at);
       x.start[at] = static_cast<int32_t>(-p.center * static_cast<int64_t>(x.sum[at]));
     }
   }
 }
 
-int64_t strip_bytes(const Packed& p) {
-  return padded_words(p) * kLanes * (p.kind == Codes::kFields ? 8 : 4) + numbers_bytes(p.scale, p.super_scale) + numbers_bytes(p.zero, {}) +
-         numbers_bytes(p.offset, p.super_offset);
+void round_rows(const Packed& p, int64_t m0, int64_t m1, const Rounded& x) {
+  for (int64_t row = m0; row < m1; ++row) round_row(p, row, x);
+}
+
+static int64_t strip_bytes(const Packed& p) { return codes_bytes(p) + numbers_bytes(p); }
+
+int64_t piece_bytes(const Packed& p, const Packed* up_weights, const Rounded&, int64_t, int64_t) {
+  return strip_bytes(p) + (up_weights ? strip_bytes(*up_weights) : 0);
 }
 
 void packed(const Packed& p, const Packed* up_weights, Activation activation, const Rounded& x, int64_t m0, int64_t m1,
             int64_t n0, int64_t n1, void* memory) {
+  const auto strip_at = [](const Packed& q, void* at) { return strip_in(q, at, static_cast<char*>(at) + codes_bytes(q)); };
   void* second = static_cast<char*>(memory) + strip_bytes(p);
-  const Job job{p, up_weights, activation, strip_in(p, memory), up_weights ? strip_in(*up_weights, second) : Strip{}};
+  const Job job{p, up_weights, activation, strip_at(p, memory), up_weights ? strip_at(*up_weights, second) : Strip{}};
   if (p.kind == Codes::kNibbles) return strips<Nibbles>(job, x, m0, m1, n0, n1);
   if (p.kind == Codes::kTable) return strips<Looked>(job, x, m0, m1, n0, n1);
   strips<Bytes>(job, x, m0, m1, n0, n1);
