@@ -96,22 +96,22 @@ struct With {
 
 // A block's products in tiles: those of upper bytes in tile 0 or 2, of lower ones in tile 1 or 3.
 template <int Set>
-JAXLLM_INLINE void multiply_upper(const int16_t* x, const int8_t* w, int64_t width) {
-  TILE_LOAD(4, x, width);
+JAXLLM_INLINE void multiply_upper(const Blocks& b) {
+  TILE_LOAD(4, b.x, b.width);
   if constexpr (Set == 0) {
-    TILE_LOAD(6, w, 64);
+    TILE_LOAD(6, b.w, 64);
     TILE_ZERO(0);
     TILE_DOT_S8S8(0, 4, 6);
   } else {
-    TILE_LOAD(7, w, 64);
+    TILE_LOAD(7, b.w, 64);
     TILE_ZERO(2);
     TILE_DOT_S8S8(2, 4, 7);
   }
 }
 
-template <int Set>
-JAXLLM_INLINE void multiply_lower(const int16_t* x, int64_t width) {
-  TILE_LOAD(5, x, width);
+template <int Set, int R>
+JAXLLM_INLINE void multiply_lower(Blocks& b) {
+  TILE_LOAD(5, b.x + R / 2 * b.width, b.width);
   if constexpr (Set == 0) {
     TILE_ZERO(1);
     TILE_DOT_U8S8(1, 5, 6);
@@ -119,6 +119,7 @@ JAXLLM_INLINE void multiply_lower(const int16_t* x, int64_t width) {
     TILE_ZERO(3);
     TILE_DOT_U8S8(3, 5, 7);
   }
+  b.x += R * b.width, b.w += kLanes * b.width;
 }
 
 template <int Tile>
@@ -133,7 +134,7 @@ JAXLLM_INLINE void keep(int32_t* sums) {
 template <bool kNarrow>
 JAXLLM_INLINE W whole(const int32_t* upper, const int32_t* lower) {
   const W a = _mm512_load_si512(upper), b = _mm512_load_si512(lower);
-  return kNarrow ? dot(b, a, set_int(256)) : plus(b, _mm512_slli_epi32(a, 8));
+  return kNarrow ? dot(b, set_int(256), a) : plus(b, _mm512_slli_epi32(a, 8));
 }
 
 // totals += rows First to Last of a block's sums [2, R, 16], scaled as in packed_simd.cc.
@@ -141,7 +142,10 @@ template <int First, int Last, int R, typename Has>
 JAXLLM_INLINE void add(const Blocks& b, const int32_t* sums, V (&totals)[R]) {
   const V scale = load(b.scale);
   alignas(64) float scaled[kTile];
-  if (Has::kOffset) store(scaled, load(b.sum, R) * load(b.unit, R));
+  if (Has::kOffset) {
+    store(scaled, load(b.sum, R) * load(b.unit, R));
+    asm volatile("" : "+m"(scaled));  // spread from memory, not by permutations, which only one port does
+  }
 #pragma GCC unroll 16
   for (int i = First; i < Last; ++i) {
     W all = whole<Has::kNarrow>(sums + i * kTile, sums + (R + i) * kTile);
@@ -165,52 +169,65 @@ JAXLLM_INLINE void to_next(Blocks& b) {
   if (Has::kOffset) b.offset += kLanes;
 }
 
-// totals [R, 16] += the blocks' sums, scaled. A block is multiplied in one step, its sums go to memory in the next and
-// to totals in the third: so tiles, stores and vectors are at work together, on three blocks, and nothing is read back
-// that was just stored.
+// totals [R, 16] += the blocks' sums, scaled. A block is multiplied, its sums go to memory in the next step, and to
+// totals in the third: so tiles, stores and vectors are at work together, on three blocks, and nothing is read back that
+// was just stored.
 //
 // On Sapphire Rapids 16 rows of 32 columns take, in cycles, 32 of the tiles (two products of 16 rows), 32 of the stores
 // (two tiles of sums), 44 of the loads (40 rows of tiles, 32 of sums and 16 units, two a cycle), and 32 of the two
 // vector ports (four operations a row where sums are narrow: `whole`, conversion, unit times scale, multiply-add; 8
 // more for each operation that other formats add). So some 50 cycles are what to expect.
 template <int R, typename Has>
-void sweep(const Blocks& blocks, bool first, float* to, Next& fetch) {
+void sweep(const Blocks& blocks, bool first, float* to, Next* fetch) {
   alignas(64) int32_t sums[2][2][R * kTile];
   V totals[R];
+#pragma GCC unroll 16
   for (int i = 0; i < R; ++i) totals[i] = first ? set(0) : load(to + i * kLanes);
   Blocks b = blocks;
-  Next next = fetch;
-  const int64_t width = b.width, count = b.count;
-  const int16_t* x = b.x;
-  const int8_t* w = b.w;
-  const auto is_one = [&](int64_t s) { return static_cast<uint64_t>(s) < static_cast<uint64_t>(count); };
-  const auto step = [&](auto set, int64_t s) __attribute__((always_inline)) {
+  int64_t s = 1;  // blocks that are multiplied, or about to be
+  // The next block is multiplied, the one before it stored, the one before that added.
+  const auto step = [&](auto set) __attribute__((always_inline)) {
     constexpr int kSet = decltype(set)::value, kBefore = 1 - kSet;
-    if (is_one(s)) {
-      next.some();
-      multiply_upper<kSet>(x, w, width);
-    }
-    if (is_one(s - 2)) add<0, R / 2, R, Has>(b, sums[kSet][0], totals);
-    if (is_one(s - 1)) keep<2 * kBefore>(sums[kBefore][0]);
-    if (is_one(s)) {
-      multiply_lower<kSet>(x + R / 2 * width, width);
-      x += R * width, w += kLanes * width;
-    }
-    if (is_one(s - 2)) {
-      add<R / 2, R, R, Has>(b, sums[kSet][0], totals);
-      to_next<R, Has>(b);
-    }
-    if (is_one(s - 1)) keep<2 * kBefore + 1>(sums[kBefore][1]);
+    multiply_upper<kSet>(b);
+    add<0, R / 2, R, Has>(b, sums[kSet][0], totals);
+    keep<2 * kBefore>(sums[kBefore][0]);
+    multiply_lower<kSet, R>(b);
+    add<R / 2, R, R, Has>(b, sums[kSet][0], totals);
+    keep<2 * kBefore + 1>(sums[kBefore][1]);
+    to_next<R, Has>(b);
+    if (fetch) fetch->some();
+    ++s;
   };
-  for (int64_t s = 0; s < count + 2; s += 2) {
-    step(std::integral_constant<int, 0>(), s);
-    step(std::integral_constant<int, 1>(), s + 1);
+  const std::integral_constant<int, 0> even;
+  const std::integral_constant<int, 1> odd;
+  multiply_upper<0>(b);
+  multiply_lower<0, R>(b);
+  if (b.count > 1) {
+    multiply_upper<1>(b);
+    multiply_lower<1, R>(b);
+    keep<0>(sums[0][0]);
+    keep<1>(sums[0][1]);
+    for (s = 2; s < b.count;) {
+      step(even);
+      if (s < b.count) step(odd);
+    }
   }
+  if (s % 2 == 1) {
+    keep<0>(sums[0][0]);
+    keep<1>(sums[0][1]);
+  } else {
+    keep<2>(sums[1][0]);
+    keep<3>(sums[1][1]);
+  }
+  for (int64_t i = std::max(int64_t{0}, s - 2); i < s; ++i) {
+    add<0, R, R, Has>(b, sums[i % 2][0], totals);
+    to_next<R, Has>(b);
+  }
+#pragma GCC unroll 16
   for (int i = 0; i < R; ++i) store(to + i * kLanes, totals[i]);
-  fetch = next;
 }
 
-using Sweep = void (*)(const Blocks&, bool, float*, Next&);
+using Sweep = void (*)(const Blocks&, bool, float*, Next*);
 
 template <int R>
 Sweep sweep_of(bool narrow, bool start, bool zero, bool offset) {
@@ -295,8 +312,8 @@ void meet(const Piece& a, Side& side, int64_t tile, int64_t strip, int64_t b, in
                       a.x.scale + at, a.x.sum + at, a.x.start + at,
                       s.scale + g, s.zero ? s.zero + g : nullptr, s.offset ? s.offset + g : nullptr,
                       p.width, count, group, group - b % group};
-  Next none;
-  side.sweep(blocks, b == 0, side.totals + (strip * a.tiles + tile) * rows * kLanes, tile == 0 ? side.next : none);
+  Next* next = tile == 0 ? &side.next : nullptr;
+  side.sweep(blocks, b == 0, side.totals + (strip * a.tiles + tile) * rows * kLanes, next);
 }
 
 // What a tile and a strip made goes to y, n to n + rows.
