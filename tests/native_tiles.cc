@@ -1,6 +1,6 @@
-// One product of AMX tiles: `native_tiles bf16|u8s8|s8s8 WIDTH ROWS DEPTH` takes sum [ROWS, WIDTH], left [ROWS, DEPTH / 4]
-// and right [DEPTH / 4, WIDTH] of 32 bits from its input and gives sum [16, 20], untouched beyond WIDTH and ROWS. 77: no
-// tiles here.
+// One product of AMX tiles: `native_tiles bf16|u8s8|s8s8 WIDTH ROWS DEPTH` takes sum [ROWS, WIDTH], left
+// [ROWS, DEPTH / 4] and right [DEPTH / 4, WIDTH] of 32 bits from its input and gives sum [16, 20], untouched beyond
+// WIDTH and ROWS. 77: no tiles here.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>

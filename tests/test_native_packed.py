@@ -25,7 +25,8 @@ MADE = {
 }
 NAMES = ("q4f16_1", "q8f16_1", "q4bf16_1", "int2_g64", "int3_g32", "int4_g128", "int5_g32", "int6_g64")
 NAMES += ("int8_g32", "int4", "int8", "uint3_g32", "uint4_g32", "uint4_g128", "uint5_g64", "uint8_g64")
-NAMES += ("nf4", "fp4", "mxfp4", *MADE)
+ODD = {"uint4_g160": replace(FORMATS["uint4_g32"], group=160)}  # five blocks: they end where nothing else does
+NAMES += ("nf4", "fp4", "mxfp4", *MADE, *ODD)
 
 
 def normal(shape, dtype=F32, seed=0):
@@ -57,7 +58,7 @@ def made(name, n, k, seed=0):
 def weight(name, n, k, seed=0):
     if name in MADE:
         return made(name, n, k, seed)
-    return jax.tree.map(jnp.asarray, encode(np.asarray(normal((n, k), seed=seed)), FORMATS[name]))
+    return jax.tree.map(jnp.asarray, encode(np.asarray(normal((n, k), seed=seed)), (FORMATS | ODD)[name]))
 
 
 def values(q):
@@ -191,7 +192,9 @@ def test_amx_has_the_bits_of_avx512(amx, name):
         same_bits(got, wanted[dtype][:m])
 
 
-@pytest.mark.parametrize("name", ["q4f16_1", "int4_g32", "uint4_g32", "nvfp4", "mxfp4", "uint8_g32", "int8", "nf4"])
+@pytest.mark.parametrize(
+    "name", ["q4f16_1", "int4_g32", "uint4_g32", "nvfp4", "mxfp4", "uint8_g32", "int8", "nf4"]
+)
 def test_amx_takes_the_largest_numbers(amx, name):
     """Activations whose upper byte is -128 or 127 everywhere, codes that are all the lowest or the highest."""
     x = jnp.asarray([[-1.9921875], [1.9921875], [-1], [1], [2**-9], [-(2**-9)]], BF16) * jnp.ones(64, BF16)

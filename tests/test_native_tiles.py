@@ -76,7 +76,9 @@ def test_tiles_of_bf16(product, width, size):
     np.testing.assert_array_equal(got[:, :width], want.view(np.uint32))
 
 
-@pytest.mark.parametrize(("width", "rows", "depth"), [(1, 16, 64), (5, 16, 64), (16, 16, 64), (16, 12, 32), (16, 8, 16)])
+@pytest.mark.parametrize(
+    ("width", "rows", "depth"), [(1, 16, 64), (5, 16, 64), (16, 16, 64), (16, 12, 32), (16, 8, 16)]
+)
 @pytest.mark.parametrize(("kind", "low", "high"), [("u8s8", 0, 256), ("s8s8", -128, 128)])
 def test_tiles_of_bytes(product, kind, low, high, width, rows, depth):
     rng = np.random.default_rng(width)

@@ -24,8 +24,8 @@ struct Kernel {
   void (*round_rows)(const Packed&, int64_t, int64_t, const Rounded&);
   int64_t (*piece_bytes)(const Packed&, const Packed*, const Rounded&, int64_t, int64_t);
   void (*packed)(const Packed&, const Packed*, Activation, const Rounded&, int64_t, int64_t, int64_t, int64_t, void*);
-  int64_t together = 1;       // rows of x and their parts that are rounded to one place
-  int64_t columns = kMostRows;  // of a piece: rows of x
+  int64_t together = 1;         // rows of x, of each part, that are rounded to one place
+  int64_t columns = kMostRows;  // rows of x in a piece
 };
 
 #define JAXLLM_KERNEL(level) level::kStripRows, level::round_rows, level::piece_bytes, level::packed

@@ -64,14 +64,14 @@ void packed_gated(const Packed& p, const Packed& up, Activation activation, int 
 
 // ---- what each level brings -------------------------------------------------------------------------------
 
-#define JAXLLM_PACKED_LEVEL(level)                                                            \
-  namespace level {                                                                           \
-  extern const int64_t kStripRows; /* rows of weights taken together */                       \
-  void round_rows(const Packed& p, int64_t m0, int64_t m1, const Rounded& x);                 \
-  /* of working memory for so many rows of x and of w */                                      \
+#define JAXLLM_PACKED_LEVEL(level)                                                                                \
+  namespace level {                                                                                               \
+  extern const int64_t kStripRows; /* rows of weights taken together */                                           \
+  void round_rows(const Packed& p, int64_t m0, int64_t m1, const Rounded& x);                                     \
+  /* of working memory, for m rows of x and n rows of w */                                                        \
   int64_t piece_bytes(const Packed& p, const Packed* up, const Rounded& x, int64_t m, int64_t n);                 \
   void packed(const Packed& p, const Packed* up, Activation activation, const Rounded& x, int64_t m0, int64_t m1, \
-              int64_t n0, int64_t n1, void* memory);                                          \
+              int64_t n0, int64_t n1, void* memory);                                                              \
   }
 JAXLLM_PACKED_LEVEL(portable)
 JAXLLM_PACKED_LEVEL(avx2)
@@ -80,11 +80,11 @@ JAXLLM_PACKED_LEVEL(amx)
 #undef JAXLLM_PACKED_LEVEL
 
 namespace amx {
-// Whether the tiles' way is known to be the quicker one for `rows` of x and their parts, and takes these weights: its
-// whole numbers are bytes. It gives the bits of avx512.
+// Whether tiles take these weights and so many rows of x, each part counted: their whole numbers are bytes, and the rows
+// are more than a few. They give the bits of avx512.
 bool takes(const Packed& p, int64_t rows);
 
-// How many of the rows go into a tile.
+// How many of them go into a tile: 8, 12 or 16.
 int64_t rows_together(int64_t rows);
 }  // namespace amx
 

@@ -62,7 +62,8 @@ static inline void add_fields(const uint8_t* fields, int shift, int64_t count, u
   constexpr int kPer = 8 / kBits;
   for (int64_t i = 0; i < count / kPer; ++i)
     for (int j = 0; j < kPer; ++j)
-      to[i * kPer + j] = static_cast<uint8_t>(to[i * kPer + j] + ((fields[i] >> kBits * j & ((1 << kBits) - 1)) << shift));
+      to[i * kPer + j] =
+          static_cast<uint8_t>(to[i * kPer + j] + ((fields[i] >> kBits * j & ((1 << kBits) - 1)) << shift));
 }
 
 static inline void add_fields(int bits, const uint8_t* fields, int shift, int64_t count, uint8_t* to) {
@@ -125,7 +126,8 @@ static inline void turn_numbers(const Numbers& t, int64_t n, int64_t rows, float
     turn_rows(rows, to + g * kLanes, [&](int64_t i) { return numbers(t, (n + i) * t.count + g, t.count - g); });
 }
 
-static inline void turn_scaled(const Numbers& t, const Numbers& above, float factor, int64_t n, int64_t rows, float* to) {
+static inline void turn_scaled(const Numbers& t, const Numbers& above, float factor, int64_t n, int64_t rows,
+                               float* to) {
   turn_numbers(t, n, rows, to);
   if (above.data == nullptr && factor == 1) return;
   float* over = to + up(t.count, kLanes) * kLanes;

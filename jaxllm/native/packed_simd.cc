@@ -223,7 +223,9 @@ int64_t piece_bytes(const Packed& p, const Packed* up_weights, const Rounded&, i
 
 void packed(const Packed& p, const Packed* up_weights, Activation activation, const Rounded& x, int64_t m0, int64_t m1,
             int64_t n0, int64_t n1, void* memory) {
-  const auto strip_at = [](const Packed& q, void* at) { return strip_in(q, at, static_cast<char*>(at) + codes_bytes(q)); };
+  const auto strip_at = [](const Packed& q, void* at) {
+    return strip_in(q, at, static_cast<char*>(at) + codes_bytes(q));
+  };
   void* second = static_cast<char*>(memory) + strip_bytes(p);
   const Job job{p, up_weights, activation, strip_at(p, memory), up_weights ? strip_at(*up_weights, second) : Strip{}};
   if (p.kind == Codes::kNibbles) return strips<Nibbles>(job, x, m0, m1, n0, n1);
