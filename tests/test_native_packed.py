@@ -184,7 +184,7 @@ def same_bits(got, wanted):
 @pytest.mark.parametrize("name", NAMES)
 def test_amx_has_the_bits_of_avx512(amx, name):
     """Rows that fill tiles of 8, 12 and 16, and not; more columns than one tile of x takes at once."""
-    q, wanted = weight(name, 70, 1000), {}
+    q, wanted = weight(name, 40, 1000), {}
     for m, dtype in [(1, F16), (3, F32), (9, F32), (16, F16), (17, F32), (33, BF16), (130, BF16)]:
         if dtype not in wanted:
             wanted[dtype] = product(normal((130, 1000), dtype), q, out=F32, most="avx512")
