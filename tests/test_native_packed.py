@@ -25,7 +25,8 @@ MADE = {
 }
 NAMES = ("q4f16_1", "q8f16_1", "q4bf16_1", "int2_g64", "int3_g32", "int4_g128", "int5_g32", "int6_g64")
 NAMES += ("int8_g32", "int4", "int8", "uint3_g32", "uint4_g32", "uint4_g128", "uint5_g64", "uint8_g64")
-NAMES += ("nf4", "fp4", "mxfp4", *MADE)
+ODD = {"uint4_g160": replace(FORMATS["uint4_g32"], group=160)}  # five blocks: they end where nothing else does
+NAMES += ("nf4", "fp4", "mxfp4", *MADE, *ODD)
 
 
 def normal(shape, dtype=F32, seed=0):
@@ -57,7 +58,7 @@ def made(name, n, k, seed=0):
 def weight(name, n, k, seed=0):
     if name in MADE:
         return made(name, n, k, seed)
-    return jax.tree.map(jnp.asarray, encode(np.asarray(normal((n, k), seed=seed)), FORMATS[name]))
+    return jax.tree.map(jnp.asarray, encode(np.asarray(normal((n, k), seed=seed)), (FORMATS | ODD)[name]))
 
 
 def values(q):
@@ -165,6 +166,54 @@ def test_a_row_has_the_same_bits_in_any_company(level, name, dtype):
         part = product(x[start : start + count], q, out=F32, most=level)
         np.testing.assert_array_equal(part, whole[start : start + count])
     np.testing.assert_array_equal(product(x, q, out=F32, most=level, threads=1), whole)
+
+
+# ---- tiles have the bits of vectors --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def amx(built):
+    if native.level() != "amx":
+        pytest.skip("this machine has no amx")
+
+
+def same_bits(got, wanted):
+    np.testing.assert_array_equal(np.asarray(got).view(np.uint32), np.asarray(wanted).view(np.uint32))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_amx_has_the_bits_of_avx512(amx, name):
+    """Rows that fill tiles of 8, 12 and 16, and not; more columns than one tile of x takes at once."""
+    q, wanted = weight(name, 40, 1000), {}
+    for m, dtype in [(1, F16), (3, F32), (9, F32), (16, F16), (17, F32), (33, BF16), (130, BF16)]:
+        if dtype not in wanted:
+            wanted[dtype] = product(normal((130, 1000), dtype), q, out=F32, most="avx512")
+        got = product(normal((130, 1000), dtype)[:m], q, out=F32, most="amx", threads=1 + m % 2)
+        same_bits(got, wanted[dtype][:m])
+
+
+@pytest.mark.parametrize(
+    "name", ["q4f16_1", "int4_g32", "uint4_g32", "nvfp4", "mxfp4", "uint8_g32", "int8", "nf4"]
+)
+def test_amx_takes_the_largest_numbers(amx, name):
+    """Activations whose upper byte is -128 or 127 everywhere, codes that are all the lowest or the highest."""
+    x = jnp.asarray([[-1.9921875], [1.9921875], [-1], [1], [2**-9], [-(2**-9)]], BF16) * jnp.ones(64, BF16)
+    x = x.at[4:, 0].set(1)  # the others are small beside it
+    for byte in (0x00, 0xFF, 0x80, 0x7F, 0x08):
+        q = weight(name, 20, 64)
+        codes = np.full(q.codes.shape, byte, np.uint8).view(np.dtype(q.codes.dtype))
+        q = replace(q, codes=jnp.asarray(codes))
+        same_bits(*(product(x, q, out=F32, most=most) for most in ("amx", "avx512")))
+
+
+@pytest.mark.parametrize(("m", "k", "n"), [(33, 200, 70), (5, 8192, 192)])
+def test_amx_gates_with_the_bits_of_avx512(amx, m, k, n):
+    """The longer rows are more than the tiles take at once of two weights."""
+    gated = jax.jit(packed.gated, static_argnames=("act", "most", "threads"))
+    gate, up, x = weight("q4f16_1", n, k), weight("q4f16_1", n, k, seed=1), normal((m, k)) / 64
+    wanted = gated(x, gate, up, act="gelu_tanh", most="avx512")
+    for threads in (1, 2):
+        same_bits(gated(x, gate, up, act="gelu_tanh", most="amx", threads=threads), wanted)
 
 
 # ---- gated products ----------------------------------------------------------------------------------------

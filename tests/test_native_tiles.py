@@ -35,7 +35,8 @@ def product(request, compiler, tmp_path_factory):
 
     def run(kind, *operands):
         data = b"".join(a.tobytes() for a in operands)
-        done = subprocess.run([program, kind, str(operands[0].shape[1])], input=data, capture_output=True)
+        sizes = [str(size) for size in (operands[0].shape[1], len(operands[0]), 4 * len(operands[2]))]
+        done = subprocess.run([program, kind, *sizes], input=data, capture_output=True)
         if done.returncode == 77:
             pytest.skip("this processor has no AVX-512 with BF16" if soft else "this processor has no AMX")
         assert done.returncode == 0, done.stderr
@@ -75,16 +76,19 @@ def test_tiles_of_bf16(product, width, size):
     np.testing.assert_array_equal(got[:, :width], want.view(np.uint32))
 
 
-@pytest.mark.parametrize("width", [1, 5, 16])
+@pytest.mark.parametrize(
+    ("width", "rows", "depth"), [(1, 16, 64), (5, 16, 64), (16, 16, 64), (16, 12, 32), (16, 8, 16)]
+)
 @pytest.mark.parametrize(("kind", "low", "high"), [("u8s8", 0, 256), ("s8s8", -128, 128)])
-def test_tiles_of_bytes(product, kind, low, high, width):
+def test_tiles_of_bytes(product, kind, low, high, width, rows, depth):
     rng = np.random.default_rng(width)
-    left, right = rng.integers(low, high, (16, 64)), rng.integers(-128, 128, (16, width, 4))
-    total = rng.integers(-(2**31), 2**31, (16, width))
+    left, right = rng.integers(low, high, (rows, depth)), rng.integers(-128, 128, (depth // 4, width, 4))
+    total = rng.integers(-(2**31), 2**31, (rows, width))
     got = product(kind, total.astype(np.int32), left.astype(np.uint8), right.astype(np.int8))
-    want = total + np.einsum("mkb,knb->mn", left.reshape(16, 16, 4), right)
-    assert (got[:, width:] == 0xABABABAB).all()
-    np.testing.assert_array_equal(got[:, :width], (want % 2**32).astype(np.uint32))
+    want = total + np.einsum("mkb,knb->mn", left.reshape(rows, depth // 4, 4), right)
+    assert (got[:rows, width:] == 0xABABABAB).all()
+    assert (got[rows:] == 0xABABABAB).all()
+    np.testing.assert_array_equal(got[:rows, :width], (want % 2**32).astype(np.uint32))
 
 
 def test_the_kernels_on_tiles_in_software(compiler, tmp_path):

@@ -13,36 +13,48 @@ constexpr int64_t kAloneBytes = 1 << 16;  // of codes: fewer are not worth wakin
 constexpr int64_t kPiecesEach = 4;        // pieces a thread, so that a late one holds up little
 constexpr int64_t kFew = 2;               // rows of x: for more it pays to turn strips of weights round
 constexpr int64_t kMostRows = 128;        // of x in a piece: with their sums they stay in the L2 cache
+constexpr int64_t kMostTiles = 16;        // of x in a piece, where there are tiles: their sums stay there
 
 int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+int64_t parts(const Packed& p) { return p.x_type == Number::kF32 ? 2 : 1; }
+
 struct Kernel {
   int64_t strip;
+  void (*round_rows)(const Packed&, int64_t, int64_t, const Rounded&);
+  int64_t (*piece_bytes)(const Packed&, const Packed*, const Rounded&, int64_t, int64_t);
+  void (*packed)(const Packed&, const Packed*, Activation, const Rounded&, int64_t, int64_t, int64_t, int64_t, void*);
   bool (*takes_few)(const Packed&);
   int64_t (*pairs)(const Packed&, bool);
-  void (*round_row)(const Packed&, int64_t, const Rounded&);
-  int64_t (*strip_bytes)(const Packed&);
-  void (*packed)(const Packed&, const Packed*, Activation, const Rounded&, int64_t, int64_t, int64_t, int64_t, void*);
+  int64_t together = 1;         // rows of x, of each part, that are rounded to one place
+  int64_t columns = kMostRows;  // rows of x in a piece
 };
 
-Kernel kernel(Level level) {
+#define JAXLLM_KERNEL(level) level::kStripRows, level::round_rows, level::piece_bytes, level::packed
+
+Kernel kernel(Level level, const Packed& p) {
 #if defined(__x86_64__)
-  if (level >= Level::kAvx512) return {avx512::kStripRows, avx512::takes_few, avx512::pairs, avx512::round_row, avx512::strip_bytes, avx512::packed};
-  if (level >= Level::kAvx2) return {avx2::kStripRows, avx2::takes_few, avx2::pairs, avx2::round_row, avx2::strip_bytes, avx2::packed};
+  if (level >= Level::kAmx && amx::takes(p, p.m * parts(p))) {
+    const int64_t together = amx::rows_together(p.m * parts(p));
+    return {JAXLLM_KERNEL(amx), avx512::takes_few, avx512::pairs, together, kMostTiles * together / parts(p)};
+  }
+  if (level >= Level::kAvx512) return {JAXLLM_KERNEL(avx512), avx512::takes_few, avx512::pairs};
+  if (level >= Level::kAvx2) return {JAXLLM_KERNEL(avx2), avx2::takes_few, avx2::pairs};
 #endif
-  (void)level;
-  return {portable::kStripRows, portable::takes_few, portable::pairs, portable::round_row, portable::strip_bytes, portable::packed};
+  (void)level, (void)p;
+  return {JAXLLM_KERNEL(portable), portable::takes_few, portable::pairs};
 }
+#undef JAXLLM_KERNEL
 
 Rounded room(const Packed& p, const Kernel& level) {
   static thread_local Scratch memory;
   Rounded x{};
-  x.blocks = up(p.k, p.width), x.parts = p.x_type == Number::kF32 ? 2 : 1;
+  x.blocks = up(p.k, p.width), x.parts = parts(p), x.together = level.together;
   x.few = p.m * x.parts <= kFew && level.takes_few(p), x.row = level.pairs(p, x.few);
-  const int64_t rows = p.m * x.parts, count = rows * x.blocks;
-  x.values = memory.get<int32_t>(rows * x.row + 3 * count);
-  x.scale = reinterpret_cast<float*>(x.values + rows * x.row);
+  const int64_t rows = up(p.m * x.parts, x.together) * x.together, count = rows * x.blocks;
+  x.values = memory.get<int16_t>(2 * rows * x.row + 6 * count);
+  x.scale = reinterpret_cast<float*>(x.values + 2 * rows * x.row);
   x.sum = x.scale + count;
   x.start = reinterpret_cast<int32_t*>(x.sum + count);
   return x;
@@ -60,18 +72,20 @@ void multiply(Packed p, const Packed* up_weights, Activation activation, int mos
   clear_rows(p.y, live, p.m, p.n, bytes(p.y_type));
   p.m = live;
   if (p.m == 0 || p.n == 0) return;
-  const Kernel level = kernel(level_within(most));
+  const Kernel level = kernel(level_within(most), p);
   const Rounded x = room(p, level);
-  team.run(up(p.m, 16), [&](int64_t i) {
-    for (int64_t row = 16 * i; row < least(16 * (i + 1), p.m); ++row) level.round_row(p, row, x);
+  const int64_t at_once = level.together == 1 ? 16 : level.together / x.parts;
+  team.run(up(p.m, at_once), [&](int64_t i) {
+    level.round_rows(p, at_once * i, least(at_once * (i + 1), p.m), x);
   });
-  const int64_t rows = rows_of_piece(p, level.strip, team), across = up(p.n, rows), columns = least(kMostRows, p.m);
+  const int64_t rows = rows_of_piece(p, level.strip, team), across = up(p.n, rows);
+  const int64_t columns = least(level.columns, p.m);
   team.run(across * up(p.m, columns), [&](int64_t i) {
     static thread_local Scratch memory;
-    const int64_t n0 = i % across * rows, m0 = i / across * columns;
-    const int64_t bytes = level.strip_bytes(p) + (up_weights ? level.strip_bytes(*up_weights) : 0);
-    level.packed(p, up_weights, activation, x, m0, least(m0 + columns, p.m), n0, least(n0 + rows, p.n),
-                 memory.get<char>(bytes));
+    const int64_t n0 = i % across * rows, n1 = least(n0 + rows, p.n);
+    const int64_t m0 = i / across * columns, m1 = least(m0 + columns, p.m);
+    const int64_t bytes = level.piece_bytes(p, up_weights, x, m1 - m0, n1 - n0);
+    level.packed(p, up_weights, activation, x, m0, m1, n0, n1, memory.get<char>(bytes));
   });
 }
 

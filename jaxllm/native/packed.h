@@ -43,15 +43,19 @@ struct Packed {
   Numbers scale, super_scale, zero, offset, super_offset;
 };
 
-// x as the kernels read it: `values` [m * parts, row], pairs of 16 bits in the order in which codes leave a word, and
-// for each block its scale, its sum, and minus the center times its sum. Of few rows the pairs that meet neighbouring
-// words lie side by side: [words / lanes, pairs of a word, lanes]; else a word's pairs do: [words, pairs].
+// x as the kernels read it: `values` [m * parts / together, blocks, together, width] in the order in which codes leave
+// a word, and for each block its scale, its sum, and minus the center times its sum. Tiles have the upper bytes of
+// values [together, width] first, then the lower ones. Of few rows the pairs of values that meet neighbouring words lie
+// side by side: [m * parts, words / lanes, pairs of a word, lanes].
 struct Rounded {
-  int32_t* values;
+  int16_t* values;
   float *scale, *sum;
   int32_t* start;
-  int64_t row, blocks, parts;
+  int64_t row, blocks, parts, together;  // row: pairs of values, of 32 bits
   bool few;
+
+  // Where the first block of a row is; the next one is `together` behind it.
+  int64_t first(int64_t row) const { return row / together * blocks * together + row % together; }
 };
 
 class Team;
@@ -62,19 +66,30 @@ void packed_gated(const Packed& p, const Packed& up, Activation activation, int 
 
 // ---- what each level brings -------------------------------------------------------------------------------
 
-#define JAXLLM_PACKED_LEVEL(level)                                                            \
-  namespace level {                                                                           \
-  extern const int64_t kStripRows; /* rows of weights taken together */                       \
-  bool takes_few(const Packed& p);       /* rows may lie as `few` has them */                  \
-  int64_t pairs(const Packed& p, bool few); /* of a row of x */                               \
-  void round_row(const Packed& p, int64_t row, const Rounded& x);                             \
-  int64_t strip_bytes(const Packed& p); /* of working memory */                               \
+#define JAXLLM_PACKED_LEVEL(level)                                                                                \
+  namespace level {                                                                                               \
+  extern const int64_t kStripRows; /* rows of weights taken together */                                           \
+  bool takes_few(const Packed& p);          /* whether rows may lie as `few` has them */                          \
+  int64_t pairs(const Packed& p, bool few); /* of a row of x */                                                   \
+  void round_rows(const Packed& p, int64_t m0, int64_t m1, const Rounded& x);                                     \
+  /* of working memory, for m rows of x and n rows of w */                                                        \
+  int64_t piece_bytes(const Packed& p, const Packed* up, const Rounded& x, int64_t m, int64_t n);                 \
   void packed(const Packed& p, const Packed* up, Activation activation, const Rounded& x, int64_t m0, int64_t m1, \
-              int64_t n0, int64_t n1, void* memory);                                          \
+              int64_t n0, int64_t n1, void* memory);                                                              \
   }
 JAXLLM_PACKED_LEVEL(portable)
 JAXLLM_PACKED_LEVEL(avx2)
 JAXLLM_PACKED_LEVEL(avx512)
+JAXLLM_PACKED_LEVEL(amx)
 #undef JAXLLM_PACKED_LEVEL
+
+namespace amx {
+// Whether tiles take these weights and so many rows of x, each part counted: their whole numbers are bytes, and the rows
+// are more than a few. They give the bits of avx512.
+bool takes(const Packed& p, int64_t rows);
+
+// How many of them go into a tile: 8, 12 or 16.
+int64_t rows_together(int64_t rows);
+}  // namespace amx
 
 }  // namespace jaxllm

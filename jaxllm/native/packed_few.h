@@ -36,7 +36,7 @@ inline void add_four(const C& codes, const Lines& l, int64_t first, int64_t rows
     for (int i = 0; i < 4; ++i)
       words[i] = codes.word(kWhole ? load(reinterpret_cast<const uint32_t*>(at + i * l.bytes))
                                    : words_at(l, least(first + i, rows - 1), w + v * kLanes));
-    add_lanes<R>(codes, words, x.values + (w + v * kLanes) * C::kPairs, x.row, sums);
+    add_lanes<R>(codes, words, reinterpret_cast<const int32_t*>(x.values) + (w + v * kLanes) * C::kPairs, x.row, sums);
   }
 #pragma GCC unroll 2
   for (int r = 0; r < R; ++r) to[r * (kLanes / 4)] = add_fours(sums[r]);

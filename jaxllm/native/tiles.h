@@ -47,15 +47,16 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {};
 };
 
-// Registers 0 to 3 are sums [16, width] of 32 bits, 4 and 5 left operands [16, 64 bytes], 6 and 7 right operands
-// [16, width, 4 bytes]: pairs of bf16 or four 8-bit integers that meet neighbours of a left row.
+// Registers 0 to 3 are sums [rows, width] of 32 bits, 4 and 5 left operands [rows, depth bytes], 6 and 7 right operands
+// [depth / 4, width, 4 bytes]: pairs of bf16 or four 8-bit integers that meet neighbours of a left row.
 class Tiles {
  public:
-  explicit Tiles(int64_t width) {
+  explicit Tiles(int64_t width, int64_t rows = 16, int64_t depth = 64) {
     TileConfig config;
     for (int i = 0; i < 8; ++i) {
-      config.rows[i] = 16;
-      config.row_bytes[i] = (i == 4 || i == 5) ? 64 : static_cast<uint16_t>(4 * width);
+      const bool left = i == 4 || i == 5;
+      config.rows[i] = static_cast<uint8_t>(i < 6 ? rows : depth / 4);
+      config.row_bytes[i] = static_cast<uint16_t>(left ? depth : 4 * width);
     }
     TILE_CONFIGURE(config);
   }
