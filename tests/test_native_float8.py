@@ -14,6 +14,8 @@ from jaxllm.native import float8, packed
 from jaxllm.quant import FORMATS, dequantize, encode, products
 
 F32, BF16, F16 = jnp.float32, jnp.bfloat16, jnp.float16
+# Groups that begin in one block of 1024 columns and end in another.
+STRADDLING = {f"g{n}": replace(FORMATS["fp8_e4m3_block"], name=f"g{n}", group=n, rows=1) for n in (96, 1536)}
 NAMES = [f"fp8_{kind}{end}" for kind in ("e4m3", "e5m2") for end in ("", "_tensor", "_block")] + ["mxfp8"]
 
 product = jax.jit(packed.matmul, static_argnames=("out", "most", "threads"))
@@ -27,7 +29,9 @@ def normal(shape, dtype=F32, seed=0):
 def weight(name, n, k, seed=0):
     """Rows of many sizes, so that scales differ."""
     values = np.asarray(normal((n, k), seed=seed)) * np.float32(2) ** (np.arange(n)[:, None] % 5)
-    return jax.tree.map(jnp.asarray, encode(values * np.linspace(0.1, 3, k, dtype=np.float32), FORMATS[name]))
+    return jax.tree.map(
+        jnp.asarray, encode(values * np.linspace(0.1, 3, k, dtype=np.float32), (FORMATS | STRADDLING)[name])
+    )
 
 
 def values(q):
@@ -90,7 +94,7 @@ def test_every_code_is_taken_as_it_is(level, kind, dtype):
         np.testing.assert_array_equal(got, np.broadcast_to(wanted, (rows, 256)))
 
 
-@pytest.mark.parametrize("name", ["fp8_e4m3", "fp8_e4m3_block", "fp8_e5m2_block", "mxfp8"])
+@pytest.mark.parametrize("name", ["fp8_e4m3", "fp8_e4m3_block", "fp8_e5m2_block", "mxfp8", *STRADDLING])
 @pytest.mark.parametrize("k", [96, 1120, 2079])
 def test_every_column_meets_its_own_weight_and_scale(level, name, k):
     """One number in a row of x: what comes out is the weight, rounded once, wherever it lies."""
