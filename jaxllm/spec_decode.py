@@ -321,6 +321,7 @@ class Run:
         if not live.all():  # a row that has what it wants stands still: the tree of the newest token alone
             none = Draft(chain_of(np.zeros((len(live), 1), np.int32)), None)
             yield from self._emit(self._verify(none, live).emitted)
+            self.pace.plain(1, time.perf_counter() - began)
             return
         wanted = int((self.ends - np.fromiter(map(len, self.rows), int)).min())
         steps = min(max(self.pace.resting, 1), wanted)
