@@ -219,8 +219,8 @@ def test_what_cannot_be(target, make, says):
     ("options", "says"),
     [
         (dict(mask=lambda rows: np.ones((1, 48), bool)), "mask"),
-        (dict(overflow="clear"), "evict-oldest"),
-        (dict(steps=2), "leave one out"),
+        (dict(overflow="clear"), "overflow='clear'"),
+        (dict(steps=2), "steps: leave one out"),
     ],
 )
 def test_what_does_not_go_together(target, options, says):
