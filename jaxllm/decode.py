@@ -435,12 +435,8 @@ def _prepare(
 
 
 def _check_speculative(mask: MaskCallback | None, overflow: Overflow, steps: int | None) -> None:
-    given = {
-        "a mask callback": mask is not None,
-        "overflow='clear'": overflow == "clear",
-        "steps": steps is not None,
-    }
-    if refused := [name for name, is_given in given.items() if is_given]:
+    refused = ["mask"] * (mask is not None) + ["overflow='clear'"] * (overflow == "clear")
+    if refused := refused + ["steps"] * (steps is not None):
         raise JaxllmError(f"speculative decoding does not go with {' and '.join(refused)}: leave one out")
 
 
