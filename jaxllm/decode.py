@@ -323,10 +323,6 @@ def generate(
     """
     began = time.perf_counter()
     rows = as_prompts(model, prompts, add_special=add_special)
-    if speculative is not None and steps is not None:
-        raise JaxllmError(
-            "steps are those of plain decoding; a speculative step has its own length: leave one out"
-        )
     strings, ids = stop_strings(stop, model.tokenizer)
     ends = ids | (model.eos_ids if eos is None else frozenset(eos))
     scored = score_rows(model, rows, logprobs) if prompt_logprobs else [None] * len(rows)
@@ -396,7 +392,7 @@ def stream(
     ends = ids | (model.eos_ids if eos is None else frozenset(eos))
     plan, state, last, _ = _prepare(
         model, rows, max_new_tokens, sampler, key, 1, logprobs, mask, max_len, overflow, sinks,
-        prefill_chunk_size, prefix, 1, kv_format, speculative,
+        prefill_chunk_size, prefix, None if speculative else 1, kv_format, speculative,
     )  # fmt: skip
     row = _Row(model, rows[0], strings, ends, max_new_tokens)
     for out, now in _steps(speculative, model, plan, state, last):
@@ -412,6 +408,8 @@ def _prepare(
     speculative,
 ) -> tuple[Plan, State, Array, int | None]:  # fmt: skip
     """Check everything, prefill, fork: (plan, state, last hidden vectors, seed)."""
+    if speculative is not None:
+        _check_speculative(mask, overflow, steps)
     counts = {"max_new_tokens": new_tokens, "n": n, "prefill_chunk_size": chunk, "steps": steps or 1}
     if wrong := {k: v for k, v in counts.items() if not isinstance(v, int) or v < 1}:
         raise JaxllmError(f"{wrong} should be whole numbers of at least 1")
@@ -434,6 +432,12 @@ def _prepare(
     steps = (steps or _default_steps(last)) if free else 1
     forked = [row for row in rows for _ in range(n)]
     return Plan(forked, new_tokens, sampler, keys, top, mask, room, free, steps), state, last, seed
+
+
+def _check_speculative(mask: MaskCallback | None, overflow: Overflow, steps: int | None) -> None:
+    refused = ["mask"] * (mask is not None) + ["overflow='clear'"] * (overflow == "clear")
+    if refused := refused + ["steps"] * (steps is not None):
+        raise JaxllmError(f"speculative decoding does not go with {' and '.join(refused)}: leave one out")
 
 
 def _default_steps(x: Array) -> int:

@@ -82,7 +82,7 @@ class DraftModel:
         return Memory(state, held, None, np.zeros_like(held), sampler, choice, target.config.vocab)
 
     def _state(self, plan: Plan, unique: Sequence[Sequence[int]]) -> State:
-        wanted = max(map(len, unique)) + plan.new_tokens
+        wanted = max(map(len, unique)) + plan.new_tokens - 1  # the last token is never fed
         config = self.model.config
         if plan.room["overflow"] == "error" and wanted > config.max_len:
             raise ContextError(

@@ -259,7 +259,6 @@ class Run:
     """One generation: iterate over (what was emitted, state) as of `decode`, then ask for the `report`."""
 
     def __init__(self, speculative: Speculative, model: Model, plan: Plan, state: State, last: Array):
-        _check(plan)
         self.drafter, self.rule = speculative.drafter, speculative.rule
         self.model, self.plan = model, plan
         self.carry, self.first = decode.first_token(model, plan, state, last)
@@ -321,6 +320,7 @@ class Run:
         if not live.all():  # a row that has what it wants stands still: the tree of the newest token alone
             none = Draft(chain_of(np.zeros((len(live), 1), np.int32)), None)
             yield from self._emit(self._verify(none, live).emitted)
+            self.pace.plain(1, time.perf_counter() - began)
             return
         wanted = int((self.ends - np.fromiter(map(len, self.rows), int)).min())
         steps = min(max(self.pace.resting, 1), wanted)
@@ -358,12 +358,3 @@ class Run:
         return Speculation(
             new, self.verified, self.plain, looked_at, kept, self.draft_seconds, self.verify_seconds
         )
-
-
-def _check(plan: Plan) -> None:
-    if plan.mask is not None:
-        raise JaxllmError(
-            "speculative decoding takes no mask callback, which must see every token first; leave one out"
-        )
-    if plan.room["overflow"] == "clear":
-        raise JaxllmError("speculative decoding keeps its state: choose overflow='error' or 'evict-oldest'")

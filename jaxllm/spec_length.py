@@ -10,7 +10,7 @@ import numpy as np
 
 _MEMORY = 0.97  # what an earlier observation weighs after each verification
 _SAMPLES = 9  # times of one length that are looked at
-_FIRST_REST, _LONGEST_REST = 32, 512  # plain steps between two trials of a drafter that does not pay
+_FIRST_REST, _LONGEST_REST = 64, 512  # plain steps between two trials of a drafter that does not pay
 _TRIED = 4  # the length that is measured first, where there are several
 
 
@@ -20,13 +20,11 @@ class Pace:
     def __init__(self, lengths: Sequence[int], length: int | Literal["auto"]):
         self.lengths, self.fixed = tuple(lengths), None if length == "auto" else length
         most = self.lengths[-1]
-        self.looked_at, self.kept = (
-            np.zeros(most, int),
-            np.zeros(most, int),
-        )  # of the drafts at each place, all of them
+        self.looked_at = np.zeros(most, int)  # drafts at each place whose turn came
+        self.kept = np.zeros(most, int)
         self.recent = np.zeros((2, most))  # the same, the latest counting most
         self.times: dict[int, deque[float]] = {}
-        self.rest, self.resting = _FIRST_REST, 0
+        self.rest, self.resting, self.rested = _FIRST_REST, 0, False
 
     def choose(self) -> int:
         """Drafts on a path to ask for now."""
@@ -37,12 +35,14 @@ class Pace:
         tried = min(self.lengths, key=lambda n: abs(n - _TRIED))
         if (unknown := next((n for n in (tried, 0) if len(self.times.get(n, ())) < 3), None)) is not None:
             return unknown
+        if self.rested:  # one more trial
+            self.rested = False
+            return tried
         best = max((0, *self.lengths), key=self.rate)
         if best:
             self.rest = _FIRST_REST
             return best
-        self.resting, self.rest = self.rest, min(2 * self.rest, _LONGEST_REST)
-        self.times.pop(tried)  # after the rest it is tried again
+        self.resting, self.rest, self.rested = self.rest, min(2 * self.rest, _LONGEST_REST), True
         return 0
 
     def plain(self, steps: int, seconds: float) -> None:

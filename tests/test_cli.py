@@ -83,6 +83,23 @@ def typed(monkeypatch):
     return lambda text: monkeypatch.setattr(sys, "stdin", io.StringIO(text))
 
 
+def test_ngrams_change_nothing_but_the_speed(run):
+    argv = (
+        "generate",
+        "x = 1\ny = 1\nx = 1\n",
+        "--max-new-tokens",
+        12,
+        "--json",
+        "--temperature",
+        0.7,
+        "--seed",
+        3,
+    )
+    plain, guessed = (json.loads(run(*argv, *more)[1]) for more in ((), ("--ngram",)))
+    assert guessed["tokens"] == plain["tokens"]
+    assert guessed["speculation"]["new_tokens"] == 11
+
+
 # ---- help, usage, errors --------------------------------------------------------------------------------
 
 

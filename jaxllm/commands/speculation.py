@@ -29,7 +29,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         nargs="?",
         const="",
-        help="faster: guess with a small model, or --self [LAYERS], --ngram",
+        help="guess ahead with a draft model; or --self [N], --ngram",
     )
     group.add_argument("--self", metavar="LAYERS", nargs="?", const=0, type=whole, help=argparse.SUPPRESS)
     group.add_argument("--ngram", action="store_true", help=argparse.SUPPRESS)
