@@ -3,7 +3,8 @@
 // Columns are taken in blocks of 1024. Within one, a vector of sums in f32 runs along k, and its lanes are added last,
 // in a tree; the blocks' sums are added from left to right. Where rows have several scales, what a group has in a
 // block is summed apart, multiplied by its scale and added to the vector. So the order of every sum depends on k, the
-// format and the level alone, never on m, n, a row's place or the threads: one row of x and thousands give the same bits.
+// format and the level alone, never on m, n, a row's place or the threads: a row of x gives the same bits alone and among
+// thousands.
 //
 // float8 becomes bf16, which holds every number of it. Where AVX-512 multiplies pairs of bf16 (x is bf16 too), lane i
 // adds columns 2 i and 2 i + 1 of every 32, each with one rounding to the nearest; elsewhere lanes are fused
