@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 USAGE = "PROMPT [options]"
 SUMMARY = "continue a prompt"
-DESCRIPTION = "Continue a prompt: the text as it comes, or with --json one object at the end."
+DESCRIPTION = "Continue PROMPT (- is the standard input): text as it comes, or JSON."
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads the standard input")
+    parser.add_argument("prompt", metavar="PROMPT", help=argparse.SUPPRESS)
     common.model_arguments(parser)
     parser.add_argument("--max-new-tokens", metavar="N", type=common.whole, default=128, help="default: 128")
     common.decoding_arguments(parser)

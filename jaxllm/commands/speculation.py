@@ -22,17 +22,15 @@ _COPY = {
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """--draft, --self and --ngram, one of them at most; the help speaks of all at the first, to fit a screen."""
+    """--draft, --self and --ngram, one of them at most."""
     group = parser.add_mutually_exclusive_group()
     group.add_argument(
-        "--draft",
-        metavar="MODEL",
-        nargs="?",
-        const="",
-        help="guess ahead with a draft model; or --self [N], --ngram",
+        "--draft", metavar="MODEL", nargs="?", const="", help="guess ahead with a model (default: bundled)"
     )
-    group.add_argument("--self", metavar="LAYERS", nargs="?", const=0, type=whole, help=argparse.SUPPRESS)
-    group.add_argument("--ngram", action="store_true", help=argparse.SUPPRESS)
+    group.add_argument(
+        "--self", metavar="N", nargs="?", const=0, type=whole, help="with N own layers (default: a 4-bit copy)"
+    )
+    group.add_argument("--ngram", action="store_true", help="with what was said before")
 
 
 def make(args: argparse.Namespace, model: Model) -> Speculative | None:
