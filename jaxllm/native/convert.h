@@ -55,7 +55,8 @@ static inline void turn_four(const uint16_t* from, int64_t row, float* to) {
         _mm_loadh_pd(_mm_castsi128_pd(even), reinterpret_cast<const double*>(from + (2 * i + 1) * row)));
   }
   __m256i fours[4];
-  for (int i = 0; i < 4; ++i) fours[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(pairs[2 * i]), pairs[2 * i + 1], 1);
+  for (int i = 0; i < 4; ++i)
+    fours[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(pairs[2 * i]), pairs[2 * i + 1], 1);
   const __m512i low = _mm512_inserti64x4(_mm512_castsi256_si512(fours[0]), fours[1], 1);
   const __m512i high = _mm512_inserti64x4(_mm512_castsi256_si512(fours[2]), fours[3], 1);
   const __m512i first = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 60, 56, 52, 48, 44, 40, 36, 32,

@@ -79,8 +79,8 @@ inline void add_blocks(const Rounded& x, const Strip& s, W* fours, Place* at, V*
   }
 }
 
-// What to fetch ahead of the codes that are read. Short rows are fetched into the nearest cache, a little before they are
-// needed; of long ones the next strip, for the cache behind it, in the order in which it lies.
+// What to fetch ahead of the codes that are read. Short rows are fetched into the nearest cache, a little before they
+// are needed; of long ones the next strip, for the cache behind it, in the order in which it lies.
 class Ahead {
  public:
   // Of a strip that begins with row n and is gone through in `steps`.

@@ -102,10 +102,12 @@ struct Bytes {
 
 // ---- products ----------------------------------------------------------------------------------------------
 
+#define JAXLLM_INLINE [[gnu::always_inline]] inline  // the compiler stops where a function gets long, and sums spill
+
 // sums + the products of a word's codes with those of x: R rows of 16-bit pairs, `stride` words of 32 bits apart.
 // Few rows have several sums each, for one would wait for itself.
 template <int R, int Sums, typename C, int J = 0>
-__attribute__((always_inline)) inline void add_word(const C& codes, W word, const int32_t* x, int64_t stride, W (&sums)[Sums][R]) {
+JAXLLM_INLINE void add_word(const C& codes, W word, const int32_t* x, int64_t stride, W (&sums)[Sums][R]) {
   if constexpr (J < C::kPairs) {
     const W pair = codes.template pair<J>(word);
 #pragma GCC unroll 8
@@ -116,7 +118,7 @@ __attribute__((always_inline)) inline void add_word(const C& codes, W word, cons
 
 // Whole sums of block b for R rows of x.
 template <int R, int Width, typename C>
-__attribute__((always_inline)) inline void add_block(const C& codes, const Rounded& x, const uint32_t* words, int64_t m, int64_t b, W* to) {
+JAXLLM_INLINE void add_block(const C& codes, const Rounded& x, const uint32_t* words, int64_t m, int64_t b, W* to) {
   constexpr int kWords = Width / 2 / C::kPairs, kSums = R < 4 && C::kPairs > 2 ? 4 : R < 4 ? 2 : 1;
   const int64_t stride = x.row;
   const auto* values = reinterpret_cast<const int32_t*>(x.values) + m * stride + b * (Width / 2);
@@ -138,7 +140,7 @@ __attribute__((always_inline)) inline void add_block(const C& codes, const Round
 
 // Rows m to m + R of x against a strip.
 template <int R, int Width, typename C>
-__attribute__((always_inline)) inline void add_rows(const Packed& p, const Rounded& x, const Strip& s, int64_t m, Next next, V* totals) {
+JAXLLM_INLINE void add_rows(const Packed& p, const Rounded& x, const Strip& s, int64_t m, Next next, V* totals) {
   const C codes(p);
   const int64_t a_group = p.group / Width;
   for (int i = 0; i < R; ++i) totals[i] = set(0);
@@ -191,7 +193,7 @@ void some_rows(const Job& job, const Rounded& x, int64_t m, int64_t n, int64_t r
 }
 
 template <int R, int Width, typename C>
-__attribute__((noinline)) void few(const Job& job, const Rounded& x, int64_t n0, int64_t n1) {
+[[gnu::noinline]] void few(const Job& job, const Rounded& x, int64_t n0, int64_t n1) {
   for (int64_t n = n0; n < n1; n += kLanes) {
     const int64_t rows = least(kLanes, n1 - n);
     V totals[R], other[R] = {};
