@@ -1,4 +1,4 @@
-"""Prompts to token ids, and room for them."""
+"""Prompts to token ids, and room for them: what the shapes of the programs are."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from jaxllm import native
 from jaxllm.config import ModelConfig
 from jaxllm.errors import ContextError, JaxllmError, TokenizerError
 from jaxllm.model import Model
@@ -20,7 +21,19 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]  # text, token ids, o
 Overflow = Literal["error", "evict-oldest", "clear"]
 
 PREFILL_CHUNK = 256
+SMALL_MODEL = 2**29  # bytes: a decoding step of less takes a CPU some 10 or 20 ms
 SMALLEST_STATE = 256  # slots; capacities are powers of two so that few programs serve every length
+
+
+def steps_together(model: Model, x: Array) -> int:
+    """Decoding steps of one program on the device of x, unless somebody asks for another number.
+
+    A round trip is a millisecond on a CPU, and steps behind the last token are wasted: only short ones are joined.
+    Without the native kernels a loop would cost XLA's fast bf16 products.
+    """
+    if next(iter(x.devices())).platform != "cpu":
+        return 8
+    return 4 if native.unavailable() is None and model.nbytes < SMALL_MODEL else 1
 
 
 def as_prompts(model: Model, prompts: Prompt | Sequence[Prompt], *, add_special: bool = True) -> list[list[int]]:
