@@ -14,6 +14,7 @@ from jaxllm import native
 from jaxllm.config import ModelConfig
 from jaxllm.errors import ContextError, JaxllmError, TokenizerError
 from jaxllm.model import Model
+from jaxllm.quant import QTensor
 from jaxllm.state import State, init_state
 
 Array = jax.Array
@@ -29,11 +30,13 @@ def steps_together(model: Model, x: Array) -> int:
     """Decoding steps of one program on the device of x, unless somebody asks for another number.
 
     A round trip is a millisecond on a CPU, and steps behind the last token are wasted: only short ones are joined.
-    Without the native kernels a loop would cost XLA's fast bf16 products.
+    Without the native kernels a loop would cost XLA's fast bf16 products, and before a loop it converts an embedding
+    of bf16 to f32.
     """
     if next(iter(x.devices())).platform != "cpu":
         return 8
-    return 4 if native.unavailable() is None and model.nbytes < SMALL_MODEL else 1
+    quick = native.unavailable() is None and isinstance(model.params["embed"]["w"], QTensor)
+    return 4 if quick and model.nbytes < SMALL_MODEL else 1
 
 
 def as_prompts(model: Model, prompts: Prompt | Sequence[Prompt], *, add_special: bool = True) -> list[list[int]]:

@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "model": "checkpoint config errors families files progress quant tokenizer",
     "generation": "state",
     "stopping": "errors generation tokenizer",
-    "prompts": "config errors model native state",
+    "prompts": "config errors model native quant state",
     "scoring": "config errors generation layers model progress prompts sampling state",
     "decode": "config errors generation layers model prompts sampling scoring state stopping",
     "spec_verify": "sampling",
