@@ -29,9 +29,9 @@ SMALLEST_STATE = 256  # slots; capacities are powers of two so that few programs
 def steps_together(model: Model, x: Array) -> int:
     """Decoding steps of one program on the device of x, unless somebody asks for another number.
 
-    A round trip is a millisecond on a CPU, and steps behind the last token are wasted: only short ones are joined.
-    Without the native kernels a loop would cost XLA's fast bf16 products, and before a loop it converts an embedding
-    of bf16 to f32.
+    A round trip is a millisecond on a CPU, and steps behind the last token are wasted: short ones are joined.
+    Without the native kernels a loop would cost XLA's fast bf16 products, and before a loop it makes an embedding
+    of bf16 one of f32.
     """
     if next(iter(x.devices())).platform != "cpu":
         return 8
