@@ -303,7 +303,7 @@ def test_greedy(built, pair, kind, batch):
     agrees(pair, kind, 8 if batch == 1 else 16, batch)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("kind", ["ngram", "draft", "tree", "copy", "exit"])
 def test_greedy_of_a_thousand(built, pair, kind, batch):
@@ -365,7 +365,7 @@ def test_sampled_continuations(pair, widths):
     assert abs(surprise(pair, widths, 2, 300)) < 3.5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("widths", [(1, 1, 1), (3, 1), (2, 2)], ids=str)
 def test_sampled_continuations_in_number(pair, widths):
     assert abs(surprise(pair, widths, 200, 500)) < 3.5
