@@ -110,8 +110,8 @@ def bodies() -> tuple[str, ...]:
 
 
 def _bodies(platforms: tuple[str, ...]) -> tuple[str, ...]:
-    there = {"tpu": True, "cuda": _has_triton(), "hopper": _has_mosaic()}
-    return tuple(dict.fromkeys(name for kind in platforms for name in BODIES[kind] if there[name]))
+    there = {"tpu": lambda: True, "cuda": _has_triton, "hopper": _has_mosaic}  # not asked in vain: it imports
+    return tuple(dict.fromkeys(name for kind in platforms for name in BODIES[kind] if there[name]()))
 
 
 def platforms() -> tuple[str, ...]:
