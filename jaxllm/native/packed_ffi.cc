@@ -2,6 +2,7 @@
 #include <string>
 
 #include "buffers.h"
+#include "experts.h"
 #include "packed.h"
 #include "parallel.h"
 #include "xla/ffi/api/ffi.h"
@@ -58,14 +59,6 @@ Packed of_expert(Packed p, int64_t expert) {
   return p;
 }
 
-// Rows first to first + count of x and y.
-Packed of_rows(Packed p, int64_t first, int64_t count) {
-  p.x = static_cast<const char*>(p.x) + first * p.k * bytes(p.x_type);
-  p.y = static_cast<char*>(p.y) + first * p.n * bytes(p.y_type);
-  p.m = count;
-  return p;
-}
-
 // The parts of a packed weight, as XLA has them.
 struct Parts {
   ffi::AnyBuffer codes, high, scale, super_scale, zero, offset, super_offset;
@@ -101,16 +94,6 @@ int64_t read(ffi::AnyBuffer x, const Parts& parts, ffi::AnyBuffer y, const How& 
   return whole && enough && divides(p->super_scale, p->scale) && divides(p->super_offset, p->offset) ? experts : 0;
 }
 
-// Rows of x with the experts that `owner` names: neighbours with the same one together.
-ffi::Error of_experts(const Packed& p, int64_t experts, const int32_t* owner, int level, Team& team) {
-  for (int64_t i = 0, next; i < p.m; i = next) {
-    if (owner[i] < 0 || owner[i] >= experts) return wrong("has a row for an expert that is not there");
-    for (next = i + 1; next < p.m && owner[next] == owner[i];) ++next;
-    packed_matmul(of_rows(of_expert(p, owner[i]), i, next - i), level, team);
-  }
-  return ffi::Error::Success();
-}
-
 ffi::Error packed_call(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> expert, ffi::AnyBuffer codes,
                        ffi::AnyBuffer high, ffi::AnyBuffer scale, ffi::AnyBuffer super_scale, ffi::AnyBuffer zero,
                        ffi::AnyBuffer offset, ffi::AnyBuffer super_offset, ffi::Result<ffi::AnyBuffer> y,
@@ -121,13 +104,10 @@ ffi::Error packed_call(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::
   const Parts parts{codes, high, scale, super_scale, zero, offset, super_offset};
   const int64_t experts = read(x, parts, *y, {kind, center, bits, group, factor, table}, levels, &p);
   if (experts == 0) return wrong("takes x [m, k] and y [m, n]; the parts of the weight do not fit them");
-  const auto chosen = static_cast<int64_t>(expert.element_count());
-  if (chosen == 0 && p.m > 0 ? experts != 1 : chosen != p.m)
-    return wrong("takes an expert for every row, or one for all");
   Team team(pool, threads);
-  if (chosen > 0) return of_experts(p, experts, expert.typed_data(), static_cast<int>(level), team);
-  packed_matmul(p, static_cast<int>(level), team);
-  return ffi::Error::Success();
+  return by_expert(p, experts, expert, "packed", [&](const Packed& rows, int64_t own) {
+    packed_matmul(of_expert(rows, own), static_cast<int>(level), team);
+  });
 }
 
 ffi::Error packed_gated_call(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer codes, ffi::AnyBuffer high,

@@ -2,6 +2,7 @@
 #include <string>
 
 #include "buffers.h"
+#include "experts.h"
 #include "panels.h"
 #include "parallel.h"
 #include "xla/ffi/api/ffi.h"
@@ -36,14 +37,11 @@ bool read(ffi::AnyBuffer x, ffi::AnyBuffer y, int64_t n, Panels* p) {
 
 int64_t rows_of(ffi::AnyBuffer codes) { return codes.dimensions().size() == 3 ? codes.dimensions()[1] : 0; }
 
-// Rows first to first + count, and the weights of their expert.
-Panels of_expert(Panels p, int64_t expert, int64_t first, int64_t count) {
+// The same product with the weights of another expert.
+Panels of_expert(Panels p, int64_t expert) {
   const int64_t rows = expert * p.n;
   p.w.data = static_cast<const char*>(p.w.data) + rows * p.w.row;
   p.w.scale.data = static_cast<const char*>(p.w.scale.data) + rows * p.w.scale.count * bytes(p.w.scale.type);
-  p.x = static_cast<const char*>(p.x) + first * p.k * bytes(p.x_type);
-  p.y = static_cast<char*>(p.y) + first * p.n * bytes(p.y_type);
-  p.m = count;
   return p;
 }
 
@@ -53,17 +51,10 @@ ffi::Error float8_call(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::
   Panels p{};
   const int64_t experts = read(x, *y, rows_of(codes), &p) ? read(codes, scale, group, p, &p.w) : 0;
   if (experts == 0) return wrong("takes x [m, k] and y [m, n]; the parts of the weight do not fit them");
-  const auto chosen = static_cast<int64_t>(expert.element_count());
-  if (chosen == 0 && p.m > 0 ? experts != 1 : chosen != p.m) return wrong("takes an expert for every row, or one for all");
-  const int32_t* owner = expert.typed_data();
   Team team(pool, threads);
-  if (chosen == 0) panels(p, static_cast<int>(level), team);
-  for (int64_t i = 0, next; i < chosen; i = next) {  // neighbours with the same one together
-    if (owner[i] < 0 || owner[i] >= experts) return wrong("has a row for an expert that is not there");
-    for (next = i + 1; next < chosen && owner[next] == owner[i];) ++next;
-    panels(of_expert(p, owner[i], i, next - i), static_cast<int>(level), team);
-  }
-  return ffi::Error::Success();
+  return by_expert(p, experts, expert, "float8", [&](const Panels& rows, int64_t own) {
+    panels(of_expert(rows, own), static_cast<int>(level), team);
+  });
 }
 
 ffi::Error float8_gated_call(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer codes, ffi::AnyBuffer scale,
