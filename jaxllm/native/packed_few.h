@@ -42,15 +42,6 @@ inline void add_four(const C& codes, const Lines& l, int64_t first, int64_t rows
   for (int r = 0; r < R; ++r) to[r * (kLanes / 4)] = add_fours(sums[r]);
 }
 
-// total + block j of x with group g of the strip, whose products' whole sum is `sums`: as add_rows does it.
-inline V add_scaled(const Rounded& x, const Strip& s, int64_t j, int64_t g, W sums, V total) {
-  const V unit = set(x.scale[j]);
-  V sum = as_float(sums);
-  if (s.zero) sum = fma(set(-x.sum[j]), load(s.zero + g * kLanes), sum);
-  total = fma(sum, load(s.scale + g * kLanes) * unit, total);
-  return s.offset ? fma(set(x.sum[j]) * unit, load(s.offset + g * kLanes), total) : total;
-}
-
 // Which block comes next, and its group of columns.
 struct Place {
   int64_t block, group, left, each;
@@ -73,7 +64,7 @@ inline void add_blocks(const Rounded& x, const Strip& s, W* fours, Place* at, V*
       const int64_t j = r * x.blocks + at->block;
       W sums = plus(set_int(x.start[j]), fours[r * (kLanes / 4) + b]);
       for (int i = 1; i < kFours; ++i) sums = plus(sums, fours[r * (kLanes / 4) + b + i]);
-      totals[r] = add_scaled(x, s, j, at->group, sums, totals[r]);
+      totals[r] = add_scaled(x, s, j, at->group, load(s.scale + at->group * kLanes), sums, totals[r]);
     }
     at->step();
   }

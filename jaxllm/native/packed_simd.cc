@@ -138,6 +138,15 @@ JAXLLM_INLINE void add_block(const C& codes, const Rounded& x, const uint32_t* w
   }
 }
 
+// total + the products of block j of x with group g of a strip, of which `sums` are the whole sums.
+JAXLLM_INLINE V add_scaled(const Rounded& x, const Strip& s, int64_t j, int64_t g, V scale, W sums, V total) {
+  const V unit = set(x.scale[j]);
+  V sum = as_float(sums);
+  if (s.zero) sum = fma(set(-x.sum[j]), load(s.zero + g * kLanes), sum);
+  total = fma(sum, scale * unit, total);
+  return s.offset ? fma(set(x.sum[j]) * unit, load(s.offset + g * kLanes), total) : total;
+}
+
 // Rows m to m + R of x against a strip.
 template <int R, int Width, typename C>
 JAXLLM_INLINE void add_rows(const Packed& p, const Rounded& x, const Strip& s, int64_t m, Next next, V* totals) {
@@ -150,14 +159,7 @@ JAXLLM_INLINE void add_rows(const Packed& p, const Rounded& x, const Strip& s, i
     add_block<R, Width>(codes, x, s.words, m, b, sums);
     const V scale = load(s.scale + g * kLanes);
 #pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) {
-      const int64_t j = (m + i) * x.blocks + b;
-      const V unit = set(x.scale[j]);
-      V sum = as_float(sums[i]);
-      if (s.zero) sum = fma(set(-x.sum[j]), load(s.zero + g * kLanes), sum);
-      totals[i] = fma(sum, scale * unit, totals[i]);
-      if (s.offset) totals[i] = fma(set(x.sum[j]) * unit, load(s.offset + g * kLanes), totals[i]);
-    }
+    for (int i = 0; i < R; ++i) totals[i] = add_scaled(x, s, (m + i) * x.blocks + b, g, scale, sums[i], totals[i]);
     if (--left == 0) ++g, left = a_group;
   }
 }
