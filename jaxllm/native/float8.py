@@ -34,14 +34,9 @@ def refuses(x: Array, q: QTensor) -> str | None:
         return f"of float8 it takes codes and scales, not {more[0]}"
     if str(q.scale.dtype) not in SCALES:
         return f"it does not read scales of {q.scale.dtype}"
-    if q.scale.shape[-1] > 1 and _group(q) % STEP:
-        return f"it takes groups of a multiple of {STEP} columns of float8, not {_group(q)}"
+    if q.scale.shape[-1] > 1 and q.columns_per_scale % STEP:
+        return f"it takes groups of a multiple of {STEP} columns of float8, not {q.columns_per_scale}"
     return refuses_format(q.format)
-
-
-def _group(q: QTensor) -> int:
-    """Columns that share a scale."""
-    return q.codes.shape[-1] // q.scale.shape[-1]
 
 
 def matmul(x: Array, q: QTensor, out: jnp.dtype, *, most: str | None = None, threads: int | None = None) -> Array:
@@ -71,11 +66,13 @@ def gated(
     call = jax.ffi.ffi_call("jaxllm_float8_gated", shape, vmap_method="sequential")
     how = native.how(most, threads) | dict(activation=np.int64(native.ACTIVATIONS.index(act)))
     parts = [part[None] for q in (gate, up) for part in (q.codes, q.scale)]
-    return call(x, *parts, **how, group=np.int64(_group(gate)))
+    return call(x, *parts, **how, group=np.int64(gate.columns_per_scale))
 
 
 def _call(x: Array, expert: Array, q: QTensor, out: jnp.dtype, most: str | None, threads: int | None) -> Array:
     made = out if out in native.FLOATS else jnp.float32
     shape = jax.ShapeDtypeStruct((x.shape[0], q.codes.shape[1]), made)
     call = jax.ffi.ffi_call("jaxllm_float8", shape, vmap_method="sequential")
-    return call(x, expert, q.codes, q.scale, **native.how(most, threads), group=np.int64(_group(q))).astype(out)
+    return call(
+        x, expert, q.codes, q.scale, **native.how(most, threads), group=np.int64(q.columns_per_scale)
+    ).astype(out)

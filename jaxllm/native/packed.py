@@ -50,14 +50,9 @@ def _refuses_numbers(q: QTensor) -> str | None:
         return f"it does not read {other[0]}"
     if uneven := [name for name in ("zero", "offset") if name in parts and parts[name].shape != q.scale.shape]:
         return f"{uneven[0]} has other groups than scale"
-    if q.scale.shape[-1] > 1 and _group(q) % BLOCK:
-        return f"it takes groups of a multiple of {BLOCK} columns, not {_group(q)}"
+    if q.scale.shape[-1] > 1 and q.columns_per_scale % BLOCK:
+        return f"it takes groups of a multiple of {BLOCK} columns, not {q.columns_per_scale}"
     return None
-
-
-def _group(q: QTensor) -> int:
-    """Columns that share a scale."""
-    return q.padded // q.scale.shape[-1]
 
 
 def matmul(x: Array, q: QTensor, out: jnp.dtype, *, most: str | None = None, threads: int | None = None) -> Array:
@@ -138,7 +133,7 @@ def _codes(q: QTensor) -> dict[str, np.int64]:
         kind, center = (SIGNED, center + 128) if signed else (BYTES, center)
     elif q.format.bits != 4:
         kind = FIELDS
-    group = _group(q) if q.scale.shape[-1] > 1 else -(-q.columns // 32) * 32
+    group = q.columns_per_scale if q.scale.shape[-1] > 1 else -(-q.columns // 32) * 32
     numbers = dict(kind=kind, center=center, bits=q.format.bits, group=group)
     return {name: np.int64(value) for name, value in numbers.items()}
 

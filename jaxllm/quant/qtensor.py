@@ -75,6 +75,11 @@ class QTensor:
         return self.codes.shape[-1] * 8 // PLANES[self.format.bits][0]
 
     @property
+    def columns_per_scale(self) -> int:
+        """Columns that share a scale, those that fill up the last group included."""
+        return self.padded // self.scale.shape[-1]
+
+    @property
     def divisible(self) -> bool:
         """Whether some groups of columns are a weight of their own, whose products are part of a sum.
 
