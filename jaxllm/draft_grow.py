@@ -28,11 +28,11 @@ Place = tuple[Context | None, Array | None, Array]  # of the target: context, ke
 _DRAFT = (1 << 30) + 1  # what a step's key is folded with for drafts
 
 
-# ---- the programs ---------------------------------------------------------------------------------------
+# ---- the program ---------------------------------------------------------------------------------------
 
 
-@partial(jax.jit, static_argnames=("config", "choice", "vocab", "nodes"), donate_argnames="state")
-def draft_chain(
+@partial(jax.jit, static_argnames=("config", "choice", "vocab", "widths"), donate_argnames="state")
+def draft(
     config: ModelConfig,
     params: dict,
     sampler: Sampler,
@@ -44,31 +44,15 @@ def draft_chain(
     *,
     choice: Choice,
     vocab: int,
-    nodes: int,
-) -> tuple[Draft, State]:
-    """Feed tokens i32 [B, 2] (n_new i32 [B] of them real), then draft `length` i32 [] tokens one by one."""
-    x, state = newest(config, params, state, tokens, n_new)
-    choose = from_keys(sampler, choice, vocab, place)
-    return grow_chain(config, params, choose, state, x, place[0], nodes, length)
-
-
-@partial(jax.jit, static_argnames=("config", "choice", "vocab", "widths"), donate_argnames="state")
-def draft_tree(
-    config: ModelConfig,
-    params: dict,
-    sampler: Sampler,
-    state: State,
-    tokens: Array,
-    n_new: Array,
-    place: Place,
-    *,
-    choice: Choice,
-    vocab: int,
     widths: tuple[int, ...],
 ) -> tuple[Draft, State]:
-    """Feed tokens i32 [B, 2] (n_new i32 [B] of them real), then draft a tree of these widths."""
+    """Feed tokens i32 [B, 2] (n_new i32 [B] of them real), then draft a tree of these widths.
+
+    Widths of 1 are a chain, of which `length` i32 [] tokens are drafted; another tree is drafted whole."""
     x, state = newest(config, params, state, tokens, n_new)
     choose = from_keys(sampler, choice, vocab, place)
+    if set(widths) == {1}:
+        return grow_chain(config, params, choose, state, x, place[0], 1 + len(widths), length)
     return grow_tree(config, params, choose, state, x, place[0], widths)
 
 

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm import draft_grow
 from jaxllm.decode import Plan, prefill
-from jaxllm.draft_grow import Choice, draft_chain, draft_tree
+from jaxllm.draft_grow import Choice
 from jaxllm.errors import ContextError, JaxllmError, TokenizerError
 from jaxllm.model import Model
 from jaxllm.prompts import new_state
@@ -102,11 +103,8 @@ class DraftModel:
         carry, model = asked.carry, self.model
         args = (model.config, model.params, memory.sampler, state, tokens, n_new)
         place = (carry.context, carry.keys, carry.step)
-        how = dict(choice=memory.choice, vocab=memory.vocab)
-        if self.chain:
-            draft, state = draft_chain(*args, place, np.int32(asked.length), nodes=self.nodes, **how)
-        else:
-            draft, state = draft_tree(*args, place, widths=self.widths, **how)
+        how = dict(choice=memory.choice, vocab=memory.vocab, widths=self.widths)
+        draft, state = draft_grow.draft(*args, place, np.int32(asked.length), **how)
         fed = asked.length - 1
         return draft, dataclasses.replace(memory, state=state, held=held, path=None, kept=0 * held, fed=fed)
 

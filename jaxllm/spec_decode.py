@@ -273,8 +273,8 @@ class Run:
         memory = self.drafter.init(self.model, self.plan)
         self.draft_seconds += time.perf_counter() - began
         yield from self._emit(self.first)
-        while self._live().any():
-            began, live = time.perf_counter(), self._live()
+        while (live := self._live()).any():
+            began = time.perf_counter()
             length = self.pace.choose() if self._roomy(live) else 0
             draft, memory = self._draft(memory, length, live) if length else (None, memory)
             if draft is None:

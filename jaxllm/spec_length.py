@@ -78,9 +78,7 @@ class Pace:
         """What a verification of this length takes: the median measured, or what the lengths around it suggest."""
         known = sorted(self.times)
         medians = [float(np.median(self.times[n])) for n in known]
-        if length in self.times or len(known) < 2:
-            return float(np.interp(length, known, medians))
-        if length < known[-1]:
+        if len(known) < 2 or length <= known[-1]:
             return float(np.interp(length, known, medians))
         slope = (medians[-1] - medians[-2]) / (known[-1] - known[-2])
         return medians[-1] + max(slope, 0.0) * (length - known[-1])
