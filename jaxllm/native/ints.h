@@ -21,6 +21,8 @@ static inline W right(W a) {
 static inline void store(uint32_t* p, W a) { _mm512_storeu_si512(p, a); }
 // sums + a * b, the products of both halves of a lane added to it
 static inline W dot(W sums, W a, W b) { return _mm512_dpwssd_epi32(sums, a, b); }
+// the same of four bytes, those of a from 0 to 127, those of b from -127 to 127
+static inline W dot_bytes(W sums, W a, W b) { return _mm512_dpbusd_epi32(sums, a, b); }
 static inline V as_float(W a) { return _mm512_cvtepi32_ps(a); }
 // Lane i of four lanes of the result: the sum of r[i]'s four.
 static inline W add_fours(const W (&r)[4]) {
@@ -49,6 +51,19 @@ class Table {
   W values_;
 };
 
+class ByteTable {
+ public:
+  explicit ByteTable(const int16_t* values) {
+    alignas(16) int8_t bytes[16];
+    for (int i = 0; i < 16; ++i) bytes[i] = static_cast<int8_t>(values[i]);
+    values_ = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes)));
+  }
+  W at(W codes) const { return _mm512_shuffle_epi8(values_, codes); }
+
+ private:
+  W values_;
+};
+
 #elif defined(__AVX2__)
 
 static inline W set_int(int32_t i) { return _mm256_set1_epi32(i); }
@@ -61,6 +76,7 @@ static inline W right(W a) {
 }
 static inline void store(uint32_t* p, W a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
 static inline W dot(W sums, W a, W b) { return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b)); }
+static inline W dot_bytes(W sums, W a, W b) { return dot(sums, _mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1)); }
 static inline V as_float(W a) { return _mm256_cvtepi32_ps(a); }
 static inline W add_fours(const W (&r)[4]) {
   const W ab = plus(_mm256_unpacklo_epi32(r[0], r[1]), _mm256_unpackhi_epi32(r[0], r[1]));
@@ -92,6 +108,19 @@ class Table {
   W low_, high_;
 };
 
+class ByteTable {
+ public:
+  explicit ByteTable(const int16_t* values) {
+    alignas(16) int8_t bytes[16];
+    for (int i = 0; i < 16; ++i) bytes[i] = static_cast<int8_t>(values[i]);
+    values_ = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes)));
+  }
+  W at(W codes) const { return _mm256_shuffle_epi8(values_, codes); }
+
+ private:
+  W values_;
+};
+
 #else
 
 static inline W set_int(int32_t i) {
@@ -110,6 +139,16 @@ static inline I upper(W a) { return reinterpret_cast<I>(a) >> 16; }
 static inline I lower(W a) { return reinterpret_cast<I>(a << 16) >> 16; }
 static inline W dot(W sums, W a, W b) {
   return sums + reinterpret_cast<W>(upper(a) * upper(b) + lower(a) * lower(b));
+}
+static inline W dot_bytes(W sums, W a, W b) {
+#if defined(__ARM_FEATURE_DOTPROD)
+  return vreinterpretq_u32_s32(vdotq_s32(vreinterpretq_s32_u32(sums), vreinterpretq_s8_u32(a), vreinterpretq_s8_u32(b)));
+#else
+  const auto byte = [](W v, int i) { return reinterpret_cast<I>(v << (24 - 8 * i)) >> 24; };
+  I all = reinterpret_cast<I>(sums);
+  for (int i = 0; i < 4; ++i) all += byte(a, i) * byte(b, i);
+  return reinterpret_cast<W>(all);
+#endif
 }
 static inline V as_float(W a) { return __builtin_convertvector(reinterpret_cast<I>(a), V); }
 static inline W add_fours(const W (&r)[4]) {
@@ -134,6 +173,23 @@ class Table {
 
  private:
   uint16_t values_[16];
+};
+
+class ByteTable {
+ public:
+  explicit ByteTable(const int16_t* values) {
+    for (int i = 0; i < 16; ++i) values_[i] = static_cast<uint8_t>(values[i]);
+  }
+  W at(W codes) const {
+    uint8_t bytes[sizeof(W)];
+    std::memcpy(bytes, &codes, sizeof bytes);
+    for (uint8_t& b : bytes) b = values_[b & 15];
+    std::memcpy(&codes, bytes, sizeof bytes);
+    return codes;
+  }
+
+ private:
+  uint8_t values_[16];
 };
 
 #endif

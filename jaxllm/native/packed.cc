@@ -26,8 +26,8 @@ struct Kernel {
   int64_t (*piece_bytes)(const Packed&, const Packed*, const Rounded&, int64_t, int64_t);
   void (*packed)(const Packed&, const Packed*, Activation, const Rounded&, int64_t, int64_t, int64_t, int64_t, void*);
   bool (*takes_few)(const Packed&);
-  int64_t (*pairs)(const Packed&, bool);
-  int64_t together = 1;         // rows of x, of each part, that are rounded to one place
+  int64_t (*dots)(const Packed&, bool);
+  int64_t together;             // rows of x, of each part, that are rounded to one place
   int64_t columns = kMostRows;  // rows of x in a piece
 };
 
@@ -37,24 +37,25 @@ Kernel kernel(Level level, const Packed& p) {
 #if defined(__x86_64__)
   if (level >= Level::kAmx && amx::takes(p, p.m * parts(p))) {
     const int64_t together = amx::rows_together(p.m * parts(p));
-    return {JAXLLM_KERNEL(amx), avx512::takes_few, avx512::pairs, together, kMostTiles * together / parts(p)};
+    return {JAXLLM_KERNEL(amx), avx512::takes_few, avx512::dots, together, kMostTiles * together / parts(p)};
   }
-  if (level >= Level::kAvx512) return {JAXLLM_KERNEL(avx512), avx512::takes_few, avx512::pairs};
-  if (level >= Level::kAvx2) return {JAXLLM_KERNEL(avx2), avx2::takes_few, avx2::pairs};
+  if (level >= Level::kAvx512) return {JAXLLM_KERNEL(avx512), avx512::takes_few, avx512::dots, avx512::kRowsTogether};
+  if (level >= Level::kAvx2) return {JAXLLM_KERNEL(avx2), avx2::takes_few, avx2::dots, avx2::kRowsTogether};
 #endif
   (void)level, (void)p;
-  return {JAXLLM_KERNEL(portable), portable::takes_few, portable::pairs};
+  return {JAXLLM_KERNEL(portable), portable::takes_few, portable::dots, portable::kRowsTogether};
 }
 #undef JAXLLM_KERNEL
 
 Rounded room(const Packed& p, const Kernel& level) {
   static thread_local Scratch memory;
   Rounded x{};
-  x.blocks = up(p.k, p.width), x.parts = parts(p), x.together = level.together;
-  x.few = p.m * x.parts <= kFew && level.takes_few(p), x.row = level.pairs(p, x.few);
+  x.blocks = up(p.k, p.width), x.parts = parts(p);
+  x.few = p.m * x.parts <= kFew && level.takes_few(p), x.row = level.dots(p, x.few);
+  x.together = x.few ? 1 : level.together;
   const int64_t rows = up(p.m * x.parts, x.together) * x.together, count = rows * x.blocks;
-  x.values = memory.get<int16_t>(2 * rows * x.row + 6 * count);
-  x.scale = reinterpret_cast<float*>(x.values + 2 * rows * x.row);
+  x.values = memory.get<int32_t>(rows * x.row + 3 * count);
+  x.scale = reinterpret_cast<float*>(x.values + rows * x.row);
   x.sum = x.scale + count;
   x.start = reinterpret_cast<int32_t*>(x.sum + count);
   return x;
@@ -74,7 +75,7 @@ void multiply(Packed p, const Packed* up_weights, Activation activation, int mos
   if (p.m == 0 || p.n == 0) return;
   const Kernel level = kernel(level_within(most), p);
   const Rounded x = room(p, level);
-  const int64_t at_once = level.together == 1 ? 16 : level.together / x.parts;
+  const int64_t at_once = up(x.together, x.parts);
   team.run(up(p.m, at_once), [&](int64_t i) {
     level.round_rows(p, at_once * i, least(at_once * (i + 1), p.m), x);
   });

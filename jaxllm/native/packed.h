@@ -1,10 +1,13 @@
 // y [m, n] = x [m, k] times packed weights [n, k] transposed.
 //
-// Activations are taken 32 (or 16) at a time as whole numbers of 16 bits times a power of two, so that the sum of a block
-// is a whole number: exact, in whatever order an instruction set adds it. The blocks' sums are then scaled and
-// added from left to right in f32. So a row's bits depend on k and the format alone, as in matmul.h, and the error
-// beyond the format's own is at most 2^-15 of the largest activation of each block. A row of f32 is taken as two: its
-// whole numbers, and those of what they lack.
+// Activations are taken 32 (or 16) at a time as whole numbers times a scale, so that the sum of a block is a whole
+// number: exact, in whatever order an instruction set adds it. The blocks' sums are then scaled and added from left to
+// right in f32. So a row's bits depend on k, the format and the type of x alone, as in matmul.h.
+//
+// The whole numbers have 16 bits: what is lost of an activation is at most 2^-15 of the largest of its block. A row of
+// f32 is taken as two: its whole numbers, and those of what they lack. Where activations have 16 bits themselves and
+// codes of at most 7 bits lose far more, they have 8 bits: at most 1/254 of the largest is lost, and a dot product of
+// bytes takes twice as many.
 #pragma once
 
 #include <cstdint>
@@ -37,21 +40,22 @@ struct Packed {
   Codes kind;
   int64_t center;
   float factor;
-  const int16_t* table;  // [16]
+  int16_t table[16];     // from 0 on where activations have 8 bits
   int64_t group;         // columns that share a scale, a multiple of width
   int64_t width;         // activations that are rounded together: 32, or 16
+  int x_bits;            // of their whole numbers: 16, or 8
   Numbers scale, super_scale, zero, offset, super_offset;
 };
 
 // x as the kernels read it: `values` [m * parts / together, blocks, together, width] in the order in which codes leave
 // a word, and for each block its scale, its sum, and minus the center times its sum. Tiles have the upper bytes of
-// values [together, width] first, then the lower ones. Of few rows the pairs of values that meet neighbouring words lie
-// side by side: [m * parts, words / lanes, pairs of a word, lanes].
+// values [together, width] of 16 bits first, then the lower ones. Of few rows the dots (two values, or four of 8 bits)
+// that meet neighbouring words lie side by side: [m * parts, words / lanes, dots of a word, lanes].
 struct Rounded {
-  int16_t* values;
+  int32_t* values;
   float *scale, *sum;
   int32_t* start;
-  int64_t row, blocks, parts, together;  // row: pairs of values, of 32 bits
+  int64_t row, blocks, parts, together;  // row: dots
   bool few;
 
   // Where the first block of a row is; the next one is `together` behind it.
@@ -68,9 +72,9 @@ void packed_gated(const Packed& p, const Packed& up, Activation activation, int 
 
 #define JAXLLM_PACKED_LEVEL(level)                                                                                \
   namespace level {                                                                                               \
-  extern const int64_t kStripRows; /* rows of weights taken together */                                           \
+  extern const int64_t kStripRows, kRowsTogether; /* rows of weights taken together, and of x unless few */       \
   bool takes_few(const Packed& p);          /* whether rows may lie as `few` has them */                          \
-  int64_t pairs(const Packed& p, bool few); /* of a row of x */                                                   \
+  int64_t dots(const Packed& p, bool few);  /* of a row of x */                                                   \
   void round_rows(const Packed& p, int64_t m0, int64_t m1, const Rounded& x);                                     \
   /* of working memory, for m rows of x and n rows of w */                                                        \
   int64_t piece_bytes(const Packed& p, const Packed* up, const Rounded& x, int64_t m, int64_t n);                 \

@@ -1,5 +1,6 @@
 // Products with packed weights on tiles of bytes. An activation's 16 bits are an upper byte with a sign and a lower one
-// without, so that two products of tiles give the whole sum of a block; vectors scale it as packed_simd.cc does.
+// without, so that two products of tiles give the whole sum of a block; one of 8 bits is a byte, and one product does.
+// Vectors scale the sums as packed_simd.cc does.
 #include "packed_body.h"
 #include "tiles.h"
 
@@ -14,18 +15,17 @@ constexpr int64_t kGroupBytes = 1 << 19;  // of strips: they stay in the L2 cach
 
 // What a number has more than its byte.
 int64_t bias(const Packed& p) {
-  if (p.kind == Codes::kTable) return 0;
   if (p.kind == Codes::kBytes || p.kind == Codes::kSigned) return 128;
   return p.center >= 0 && p.center <= 128 ? p.center : 0;
 }
 
 // The byte of a code of 4 bits.
-int64_t level(const Packed& p, int64_t code) { return p.kind == Codes::kTable ? p.table[code] : code - bias(p); }
+int64_t level(const Packed& p, int64_t code) { return (p.kind == Codes::kTable ? p.table[code] : code) - bias(p); }
 
 // Whether the sums of upper bytes, -128 to 127, times `sign` times the levels are whole numbers of 16 bits. Where the
 // highest is at most 32767, `width` times the highest level is at most 256, and the lowest sum at least -32768.
 bool narrow(const Packed& p, int64_t sign) {
-  if (has_bytes(p) || p.center != bias(p) || p.zero.data || p.offset.data) return false;
+  if (p.x_bits == 8 || has_bytes(p) || p.center != bias(p) || p.zero.data || p.offset.data) return false;
   int64_t low = 0, high = 0;
   for (int64_t i = 0; i < 16; ++i) low = std::min(low, sign * level(p, i)), high = std::max(high, sign * level(p, i));
   return p.width * std::max(-128 * low, 127 * high) < 32768;
@@ -62,7 +62,7 @@ __m256i apart(const int16_t* values, bool bytes) {
 }
 
 // A block of rows that lie together, i16 [rows, width], as upper and lower bytes [2, rows, width] in its place.
-void split(int64_t rows, int64_t width, bool bytes, int16_t* values) {
+void split(int64_t rows, int64_t width, bool bytes, int32_t* values) {
   int16_t copy[kTile * 32];
   const int64_t count = rows * width;
   std::memcpy(copy, values, sizeof(int16_t) * static_cast<size_t>(count));
@@ -79,7 +79,7 @@ void split(int64_t rows, int64_t width, bool bytes, int16_t* values) {
 
 // Neighbouring blocks of a tile of x and a strip of weights.
 struct Blocks {
-  const int16_t* x;         // upper and lower bytes [2, R, width] of every block
+  const int8_t* x;          // [R, width] of every block, or upper and lower bytes [2, R, width]
   const int8_t* w;          // [width / 4, 16, 4] of every block
   const float *unit, *sum;  // [R] of every block
   const int32_t* start;
@@ -87,10 +87,11 @@ struct Blocks {
   int64_t width, count, group, left;   // blocks, those of a group, and those of the first one
 };
 
-// What the sums of a kind of weights need before they are totals. Narrow sums of upper bytes have 16 bits.
-template <bool Narrow, bool Start, bool Zero, bool Offset>
+// What the sums of a kind of weights need before they are totals. Where activations have 16 bits there are sums of lower
+// bytes too, and narrow ones of upper bytes have 16 bits.
+template <bool Lower, bool Narrow, bool Start, bool Zero, bool Offset>
 struct With {
-  static constexpr bool kNarrow = Narrow, kStart = Start, kZero = Zero, kOffset = Offset;
+  static constexpr bool kLower = Lower, kNarrow = Narrow, kStart = Start, kZero = Zero, kOffset = Offset;
 };
 
 #define JAXLLM_INLINE [[gnu::always_inline]] inline  // totals stay in registers
@@ -110,17 +111,21 @@ JAXLLM_INLINE void multiply_upper(const Blocks& b) {
   }
 }
 
-template <int Set, int R>
+template <int Set, int R, typename Has>
 JAXLLM_INLINE void multiply_lower(Blocks& b) {
-  TILE_LOAD(5, b.x + R / 2 * b.width, b.width);
-  if constexpr (Set == 0) {
-    TILE_ZERO(1);
-    TILE_DOT_U8S8(1, 5, 6);
-  } else {
-    TILE_ZERO(3);
-    TILE_DOT_U8S8(3, 5, 7);
+  b.x += R * b.width;
+  if constexpr (Has::kLower) {
+    TILE_LOAD(5, b.x, b.width);
+    if constexpr (Set == 0) {
+      TILE_ZERO(1);
+      TILE_DOT_U8S8(1, 5, 6);
+    } else {
+      TILE_ZERO(3);
+      TILE_DOT_U8S8(3, 5, 7);
+    }
+    b.x += R * b.width;
   }
-  b.x += R * b.width, b.w += kLanes * b.width;
+  b.w += kLanes * b.width;
 }
 
 template <int Tile>
@@ -132,10 +137,12 @@ JAXLLM_INLINE void keep(int32_t* sums) {
 }
 
 // 256 upper + lower
-template <bool kNarrow>
+template <typename Has>
 JAXLLM_INLINE W whole(const int32_t* upper, const int32_t* lower) {
-  const W a = _mm512_load_si512(upper), b = _mm512_load_si512(lower);
-  return kNarrow ? dot(b, set_int(256), a) : plus(b, _mm512_slli_epi32(a, 8));
+  const W a = _mm512_load_si512(upper);
+  if (!Has::kLower) return a;
+  const W b = _mm512_load_si512(lower);
+  return Has::kNarrow ? dot(b, set_int(256), a) : plus(b, _mm512_slli_epi32(a, 8));
 }
 
 // totals += rows First to Last of a block's sums [2, R, 16], scaled as in packed_simd.cc.
@@ -149,7 +156,7 @@ JAXLLM_INLINE void add(const Blocks& b, const int32_t* sums, V (&totals)[R]) {
   }
 #pragma GCC unroll 16
   for (int i = First; i < Last; ++i) {
-    W all = whole<Has::kNarrow>(sums + i * kTile, sums + (R + i) * kTile);
+    W all = whole<Has>(sums + i * kTile, sums + (R + i) * kTile);
     if (Has::kStart) all = plus(all, set_int(b.start[i]));
     V sum = as_float(all);
     if (Has::kZero) sum = _mm512_fnmadd_ps(set(b.sum[i]), load(b.zero), sum);
@@ -194,9 +201,9 @@ void sweep(const Blocks& blocks, bool first, float* to, Next* fetch) {
     multiply_upper<kSet>(b);
     add<0, R / 2, R, Has>(b, sums[kSet][0], totals);
     keep<2 * kBefore>(sums[kBefore][0]);
-    multiply_lower<kSet, R>(b);
+    multiply_lower<kSet, R, Has>(b);
     add<R / 2, R, R, Has>(b, sums[kSet][0], totals);
-    keep<2 * kBefore + 1>(sums[kBefore][1]);
+    if (Has::kLower) keep<2 * kBefore + 1>(sums[kBefore][1]);
     to_next<R, Has>(b);
     if (fetch) fetch->some();
     ++s;
@@ -204,12 +211,12 @@ void sweep(const Blocks& blocks, bool first, float* to, Next* fetch) {
   const std::integral_constant<int, 0> even;
   const std::integral_constant<int, 1> odd;
   multiply_upper<0>(b);
-  multiply_lower<0, R>(b);
+  multiply_lower<0, R, Has>(b);
   if (b.count > 1) {
     multiply_upper<1>(b);
-    multiply_lower<1, R>(b);
+    multiply_lower<1, R, Has>(b);
     keep<0>(sums[0][0]);
-    keep<1>(sums[0][1]);
+    if (Has::kLower) keep<1>(sums[0][1]);
     for (s = 2; s < b.count;) {
       step(even);
       if (s < b.count) step(odd);
@@ -217,10 +224,10 @@ void sweep(const Blocks& blocks, bool first, float* to, Next* fetch) {
   }
   if (s % 2 == 1) {
     keep<0>(sums[0][0]);
-    keep<1>(sums[0][1]);
+    if (Has::kLower) keep<1>(sums[0][1]);
   } else {
     keep<2>(sums[1][0]);
-    keep<3>(sums[1][1]);
+    if (Has::kLower) keep<3>(sums[1][1]);
   }
   for (int64_t i = std::max(int64_t{0}, s - 2); i < s; ++i) {
     add<0, R, R, Has>(b, sums[i % 2][0], totals);
@@ -233,15 +240,21 @@ void sweep(const Blocks& blocks, bool first, float* to, Next* fetch) {
 
 using Sweep = void (*)(const Blocks&, bool, float*, Next*);
 
-template <int R>
-Sweep sweep_of(bool narrow, bool start, bool zero, bool offset) {
-  if (narrow) return sweep<R, With<true, false, false, false>>;
+template <int R, bool Lower>
+Sweep sweep_with(bool start, bool zero, bool offset) {
   static constexpr Sweep kAll[] = {
-      sweep<R, With<false, false, false, false>>, sweep<R, With<false, false, false, true>>,
-      sweep<R, With<false, false, true, false>>,  sweep<R, With<false, false, true, true>>,
-      sweep<R, With<false, true, false, false>>,  sweep<R, With<false, true, false, true>>,
-      sweep<R, With<false, true, true, false>>,   sweep<R, With<false, true, true, true>>};
+      sweep<R, With<Lower, false, false, false, false>>, sweep<R, With<Lower, false, false, false, true>>,
+      sweep<R, With<Lower, false, false, true, false>>,  sweep<R, With<Lower, false, false, true, true>>,
+      sweep<R, With<Lower, false, true, false, false>>,  sweep<R, With<Lower, false, true, false, true>>,
+      sweep<R, With<Lower, false, true, true, false>>,   sweep<R, With<Lower, false, true, true, true>>};
   return kAll[4 * start + 2 * zero + offset];
+}
+
+template <int R>
+Sweep sweep_of(const Packed& p, bool narrow) {
+  if (narrow) return sweep<R, With<true, true, false, false, false>>;
+  const auto with = p.x_bits == 16 ? sweep_with<R, true> : sweep_with<R, false>;
+  return with(p.center != bias(p), p.zero.data, p.offset.data);
 }
 
 // ---- pieces ------------------------------------------------------------------------------------------------
@@ -283,9 +296,10 @@ int64_t side_bytes(const Piece& a, const Packed& p) {
 
 Side side(const Piece& a, Packed p, char* memory) {
   const int64_t sign = !narrow(p, 1) && narrow(p, -1) ? -1 : 1;
+  const bool all_narrow = narrow(p, sign);
   p.factor *= static_cast<float>(sign);
   const auto of = a.x.together == 16 ? sweep_of<16> : a.x.together == 12 ? sweep_of<12> : sweep_of<8>;
-  const Sweep sweep = of(narrow(p, sign), p.center != bias(p), p.zero.data, p.offset.data);
+  const Sweep sweep = of(p, all_narrow);
   char* bytes = memory + a.strips * numbers_bytes(p);
   char* totals = bytes + a.strips * strip_bytes(p);
   return {p, sign, sweep, memory, reinterpret_cast<int8_t*>(bytes), reinterpret_cast<float*>(totals), Next()};
@@ -312,7 +326,8 @@ void meet(const Piece& a, Side& side, int64_t tile, int64_t strip, int64_t b, in
   const Strip s = strip_of(a, side, strip);
   const int64_t group = p.group / p.width, g = b / group * kLanes, rows = a.x.together;
   const int64_t at = a.x.first(a.m0 * a.x.parts + tile * rows) + b * rows;
-  const Blocks blocks{a.x.values + at * p.width, side.bytes + strip * strip_bytes(p) + b * p.width * kLanes,
+  const auto* values = reinterpret_cast<const int8_t*>(a.x.values + at * dots_of_block(p));
+  const Blocks blocks{values, side.bytes + strip * strip_bytes(p) + b * p.width * kLanes,
                       a.x.scale + at, a.x.sum + at, a.x.start + at,
                       s.scale + g, s.zero ? s.zero + g : nullptr, s.offset ? s.offset + g : nullptr,
                       p.width, count, group, group - b % group};
@@ -355,7 +370,7 @@ Piece piece(const Packed& p, const Packed* up_weights, const Rounded& x, int64_t
 
 }  // namespace
 
-extern const int64_t kStripRows = kLanes;
+extern const int64_t kStripRows = kLanes, kRowsTogether = kTile;
 
 bool takes(const Packed& p, int64_t rows) {
   const bool bytes = p.kind != Codes::kTable ||
@@ -377,10 +392,10 @@ void round_rows(const Packed& p, int64_t m0, int64_t m1, const Rounded& x) {
   for (int64_t b = 0; b < x.blocks; ++b) {
     const int64_t here = at + b * rows;
     for (int64_t i = here + used; i < here + rows; ++i) {
-      std::fill(x.values + i * p.width, x.values + (i + 1) * p.width, int16_t{0});
+      std::fill(x.values + i * dots_of_block(p), x.values + (i + 1) * dots_of_block(p), 0);
       x.scale[i] = x.sum[i] = 0, x.start[i] = 0;
     }
-    split(rows, p.width, has_bytes(p), x.values + here * p.width);
+    if (p.x_bits == 16) split(rows, p.width, has_bytes(p), x.values + here * dots_of_block(p));
   }
 }
 

@@ -16,6 +16,8 @@ static inline int64_t up(int64_t a, int64_t unit) { return (a + unit - 1) / unit
 
 static inline bool has_bytes(const Packed& p) { return p.kind != Codes::kNibbles && p.kind != Codes::kTable; }
 static inline int64_t words_of(const Packed& p) { return up(p.k, p.width) / (has_bytes(p) ? 4 : 8); }  // of a row
+static inline int64_t dots_of_word(const Packed& p) { return (has_bytes(p) ? 1 : 2) * p.x_bits / 8; }
+static inline int64_t dots_of_block(const Packed& p) { return p.width * p.x_bits / 32; }
 static inline int64_t padded_words(const Packed& p) { return up(words_of(p), kLanes); }
 
 // kLanes rows of weights with their words and numbers turned round: [.., kLanes].

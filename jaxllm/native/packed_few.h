@@ -3,19 +3,19 @@
 
 template <int Width, typename C>
 constexpr int words_of_block() {
-  return Width / 2 / C::kPairs;
+  return Width / C::kCodes;
 }
 
-// sums[r][i] + the products of four rows' words with the pairs of x that meet them.
+// sums[r][i] + the products of four rows' words with the dots of x that meet them.
 template <int R, typename C, int J = 0>
 inline void add_lanes(const C& codes, const W (&words)[4], const int32_t* x, int64_t row, W (&sums)[R][4]) {
-  if constexpr (J < C::kPairs) {
+  if constexpr (J < C::kDots) {
     W with[R];
     for (int r = 0; r < R; ++r) with[r] = load(reinterpret_cast<const uint32_t*>(x + r * row + J * kLanes));
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      const W pair = codes.template pair<J>(words[i]);
-      for (int r = 0; r < R; ++r) sums[r][i] = dot(sums[r][i], pair, with[r]);
+      const W some = codes.template codes<J>(words[i]);
+      for (int r = 0; r < R; ++r) sums[r][i] = C::add(sums[r][i], some, with[r]);
     }
     add_lanes<R, C, J + 1>(codes, words, x, row, sums);
   }
@@ -36,7 +36,7 @@ inline void add_four(const C& codes, const Lines& l, int64_t first, int64_t rows
     for (int i = 0; i < 4; ++i)
       words[i] = codes.word(kWhole ? load(reinterpret_cast<const uint32_t*>(at + i * l.bytes))
                                    : words_at(l, least(first + i, rows - 1), w + v * kLanes));
-    add_lanes<R>(codes, words, reinterpret_cast<const int32_t*>(x.values) + (w + v * kLanes) * C::kPairs, x.row, sums);
+    add_lanes<R>(codes, words, x.values + (w + v * kLanes) * C::kDots, x.row, sums);
   }
 #pragma GCC unroll 2
   for (int r = 0; r < R; ++r) to[r * (kLanes / 4)] = add_fours(sums[r]);
@@ -53,7 +53,7 @@ struct Place {
 
 // The blocks of a chunk, whose sums are `fours` [R, kLanes / 4].
 template <int R, int kFours>
-inline void add_blocks(const Rounded& x, const Strip& s, W* fours, Place* at, V* totals) {
+inline void add_blocks(const Rounded& x, const Strip& s, W* fours, Place* at, V (&totals)[R][1]) {
 #pragma GCC unroll 2
   for (int r = 0; r < R; ++r) turn_fours(*reinterpret_cast<W(*)[kLanes / 4]>(fours + r * (kLanes / 4)));
 #pragma GCC unroll 4
@@ -62,9 +62,9 @@ inline void add_blocks(const Rounded& x, const Strip& s, W* fours, Place* at, V*
 #pragma GCC unroll 2
     for (int r = 0; r < R; ++r) {
       const int64_t j = r * x.blocks + at->block;
-      W sums = plus(set_int(x.start[j]), fours[r * (kLanes / 4) + b]);
-      for (int i = 1; i < kFours; ++i) sums = plus(sums, fours[r * (kLanes / 4) + b + i]);
-      totals[r] = add_scaled(x, s, j, at->group, load(s.scale + at->group * kLanes), sums, totals[r]);
+      W sums[] = {plus(set_int(x.start[j]), fours[r * (kLanes / 4) + b])};
+      for (int i = 1; i < kFours; ++i) sums[0] = plus(sums[0], fours[r * (kLanes / 4) + b + i]);
+      add_scaled(x, s, j, at->group, sums, totals[r]);
     }
     at->step();
   }
@@ -103,13 +103,13 @@ class Ahead {
 // totals[r] lane i: row r of x against row n + i of w. Four rows are read side by side, some chunks of each, before the
 // next four: memory likes to be read in one piece, and the sums should stay in the nearest cache.
 template <int R, int Width, typename C>
-inline void add_few(const Packed& p, const Rounded& x, const Strip& s, int64_t n, int64_t rows, V* totals) {
+inline void add_few(const Packed& p, const Rounded& x, const Strip& s, int64_t n, int64_t rows, V (&totals)[R][1]) {
   constexpr int kWords = words_of_block<Width, C>(), kWide = kWords > kLanes ? kWords / kLanes : 1, kPanel = 8;
   constexpr int kFours = (kWide > 1 ? kLanes : kWords) / 4, kStep = kWide * kLanes, kSums = R * (kLanes / 4);
   const C codes(p);
   const Lines l = lines(p, n, rows, s);
   fill_numbers(p, n, rows, s);
-  for (int r = 0; r < R; ++r) totals[r] = set(0);
+  for (int r = 0; r < R; ++r) totals[r][0] = set(0);
   Place at{0, 0, p.group / Width, p.group / Width};
   W fours[kPanel * kSums];
   const int64_t count = words_of(p), chunks = (count + kStep - 1) / kStep;

@@ -1,4 +1,5 @@
 // What XLA calls for products with packed weights.
+#include <algorithm>
 #include <string>
 
 #include "buffers.h"
@@ -71,17 +72,31 @@ struct How {
   ffi::Span<const int64_t> table;
 };
 
+// Activations of f32 are wanted as they are; of others 8 bits lose little beside codes that fit into 7.
+void choose_bits(int64_t bits, Packed* p) {
+  p->x_bits = 16;
+  if (p->x_type == Number::kF32 || bits > 6) return;
+  if (p->kind == Codes::kTable) {
+    const auto [low, high] = std::minmax_element(p->table, p->table + 16);
+    const int16_t least = *low;
+    if (*high - least > 127) return;
+    for (int16_t& level : p->table) level = static_cast<int16_t>(level - least);
+    p->center -= least;
+  }
+  p->x_bits = 8;
+}
+
 // The number of experts that `parts` hold, with the product that they belong to; 0 where they do not fit.
-int64_t read(ffi::AnyBuffer x, const Parts& parts, ffi::AnyBuffer y, const How& how, int16_t* levels, Packed* p) {
+int64_t read(ffi::AnyBuffer x, const Parts& parts, ffi::AnyBuffer y, const How& how, Packed* p) {
   const auto xs = x.dimensions(), cs = parts.codes.dimensions(), ys = y.dimensions();
   if (xs.size() != 2 || cs.size() != 3 || ys.size() != 2 || ys[0] != xs[0] || ys[1] != cs[1]) return 0;
   if (!known(x.element_type(), &p->x_type) || !known(y.element_type(), &p->y_type) || !is_float(p->x_type) ||
       !is_float(p->y_type))
     return 0;
   if (how.kind < 0 || how.kind > 4 || how.table.size() != 16 || how.group < 16 || how.group % 16 != 0) return 0;
-  for (size_t i = 0; i < 16; ++i) levels[i] = static_cast<int16_t>(how.table[i]);
+  for (size_t i = 0; i < 16; ++i) p->table[i] = static_cast<int16_t>(how.table[i]);
   p->x = x.untyped_data(), p->y = y.untyped_data(), p->m = xs[0], p->n = cs[1], p->k = xs[1];
-  p->kind = static_cast<Codes>(how.kind), p->center = how.center, p->factor = how.factor, p->table = levels;
+  p->kind = static_cast<Codes>(how.kind), p->center = how.center, p->factor = how.factor;
   p->group = how.group, p->width = how.group % 32 == 0 ? 32 : 16;
   const int64_t experts = cs[0], groups = (p->k + p->group - 1) / p->group;
   const bool whole = read_codes(parts.codes, parts.high, how.bits, p) && cs[2] * 8 / p->low_bits >= p->k &&
@@ -89,6 +104,7 @@ int64_t read(ffi::AnyBuffer x, const Parts& parts, ffi::AnyBuffer y, const How& 
                      read(parts.super_scale, experts, p->n, &p->super_scale) &&
                      read(parts.zero, experts, p->n, &p->zero) && read(parts.offset, experts, p->n, &p->offset) &&
                      read(parts.super_offset, experts, p->n, &p->super_offset);
+  choose_bits(how.bits, p);
   const bool enough = p->scale.count >= groups && (!p->zero.data || p->zero.count >= groups) &&
                       (!p->offset.data || p->offset.count >= groups);
   return whole && enough && divides(p->super_scale, p->scale) && divides(p->super_offset, p->offset) ? experts : 0;
@@ -100,9 +116,8 @@ ffi::Error packed_call(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::
                        int64_t kind, int64_t center, int64_t bits, int64_t group, float factor,
                        ffi::Span<const int64_t> table, int64_t level, int64_t threads) {
   Packed p{};
-  int16_t levels[16];
   const Parts parts{codes, high, scale, super_scale, zero, offset, super_offset};
-  const int64_t experts = read(x, parts, *y, {kind, center, bits, group, factor, table}, levels, &p);
+  const int64_t experts = read(x, parts, *y, {kind, center, bits, group, factor, table}, &p);
   if (experts == 0) return wrong("takes x [m, k] and y [m, n]; the parts of the weight do not fit them");
   Team team(pool, threads);
   return by_expert(p, experts, expert, "packed", [&](const Packed& rows, int64_t own) {
@@ -119,11 +134,10 @@ ffi::Error packed_gated_call(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuf
                              float factor, ffi::Span<const int64_t> table, int64_t activation, int64_t level,
                              int64_t threads) {
   Packed p{}, up{};
-  int16_t levels[16];
   const How how{kind, center, bits, group, factor, table};
   const Parts parts{codes, high, scale, super_scale, zero, offset, super_offset};
   const Parts others{up_codes, up_high, up_scale, up_super_scale, up_zero, up_offset, up_super_offset};
-  if (read(x, parts, *y, how, levels, &p) != 1 || read(x, others, *y, how, levels, &up) != 1)
+  if (read(x, parts, *y, how, &p) != 1 || read(x, others, *y, how, &up) != 1)
     return wrong("takes x [m, k] and y [m, n]; the parts of gate and up do not fit them");
   Team team(pool, threads);
   packed_gated(p, up, static_cast<Activation>(activation), static_cast<int>(level), team);

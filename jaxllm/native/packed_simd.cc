@@ -7,130 +7,176 @@ namespace jaxllm::JAXLLM_LEVEL {
 namespace {
 
 constexpr int64_t kMostWidth = 32;
+constexpr int64_t kTogether = kLanes == 16 ? 8 : 4;  // rows of x, unless they are few
 
 // ---- activations -------------------------------------------------------------------------------------------
 
-// The power of two that makes whole numbers below 2^15 of what is at most `most`; NaN where that is not finite.
-float unit_of(float most) {
-  uint32_t bits;
-  std::memcpy(&bits, &most, sizeof bits);
-  const uint32_t exponent = bits >> 23 & 255;  // without the sign: -0 is a zero
+// What makes whole numbers of what is at most `most`: for 16 bits the power of two that keeps them below 2^15, for 8 as
+// much as makes 127 of the largest. NaN where that is not finite.
+float unit_of(float most, int bits) {
+  uint32_t all;
+  std::memcpy(&all, &most, sizeof all);
+  const uint32_t exponent = all >> 23 & 255;  // without the sign: -0 is a zero
   if (exponent >= 255) return of_e8m0(255);
-  return of_e8m0(static_cast<uint8_t>(exponent < 40 ? 26 : exponent - 14));
+  const float least = of_e8m0(26);
+  if (bits == 8) return std::max(most / 127, least);
+  return exponent < 40 ? least : of_e8m0(static_cast<uint8_t>(exponent - 14));
 }
 
-// Where column i of a block goes: see the order in which `Nibbles` and `Bytes` take codes from a word.
-constexpr int64_t place(bool bytes, int64_t i) {
+// Where column i of a block goes: see the order in which codes leave a word.
+constexpr int64_t place(bool bytes, int bits, int64_t i) {
+  if (bits == 8) return bytes ? i : (i & ~int64_t{7}) + (i & 1) * 4 + (i >> 1 & 3);
   return bytes ? (i & ~int64_t{3}) + (i & 1) * 2 + (i >> 1 & 1) : (i & ~int64_t{7}) + (i & 3) * 2 + (i >> 2 & 1);
 }
 
-template <bool kBytes>
-void put_in_place(const uint32_t* bits, int64_t width, int16_t* to) {
+template <bool kBytes, typename Value>
+void put_in_place(const uint32_t* bits, int64_t width, int32_t* dots) {
+  auto* to = reinterpret_cast<Value*>(dots);
   for (; width > 0; width -= 8, bits += 8, to += 8) {
 #pragma GCC unroll 8
-    for (int64_t i = 0; i < 8; ++i) to[place(kBytes, i)] = static_cast<int16_t>(bits[i]);
+    for (int64_t i = 0; i < 8; ++i) to[place(kBytes, 8 * sizeof(Value), i)] = static_cast<Value>(bits[i]);
   }
 }
 
-// Block b, `each` pairs a word, into a row as `few` has it.
-void put_in_lanes(const int16_t* block, int64_t count, int64_t each, int64_t b, int32_t* row) {
+void put_in_place(const Packed& p, const uint32_t* bits, int32_t* to) {
+  if (p.x_bits == 8) return has_bytes(p) ? put_in_place<true, int8_t>(bits, p.width, to)
+                                         : put_in_place<false, int8_t>(bits, p.width, to);
+  has_bytes(p) ? put_in_place<true, int16_t>(bits, p.width, to) : put_in_place<false, int16_t>(bits, p.width, to);
+}
+
+// Block b of `count` dots, `each` of a word, into a row as `few` has it.
+void put_in_lanes(const int32_t* block, int64_t count, int64_t each, int64_t b, int32_t* row) {
   for (int64_t i = 0; i < count; ++i) {
     const int64_t word = (b * count + i) / each;
-    std::memcpy(row + (word / kLanes * each + i % each) * kLanes + word % kLanes, block + 2 * i, sizeof(int32_t));
+    row[(word / kLanes * each + i % each) * kLanes + word % kLanes] = block[i];
   }
 }
 
-// Whole numbers of 16 bits in `to`, what they lack in `values`.
-void round_block(float* values, int64_t width, bool bytes, int16_t* to, float* unit, float* sum) {
+// Whole numbers in `to`, what they lack in `values`.
+void round_block(const Packed& p, float* values, int32_t* to, float* unit, float* sum) {
+  const int64_t width = p.width;
   V most = set(0), odd = set(0);
   for (int64_t i = 0; i < width; i += kLanes) {
     const V v = load(values + i);
     most = max(max(most, set(0) - v), v);
     odd = fma(v, set(0), odd);  // NaN where one is not finite
   }
-  *unit = same(odd, set(0)) ? unit_of(highest(most)) : of_e8m0(255);
+  *unit = same(odd, set(0)) ? unit_of(highest(most), p.x_bits) : of_e8m0(255);
   *sum = 0;
-  if (*unit != *unit) return std::fill(to, to + width, int16_t{0});
+  if (*unit != *unit) return std::fill(to, to + dots_of_block(p), 0);
   const V size = set(*unit), inverse = set(1 / *unit), shift = set(12582912.0f);  // 1.5 * 2^23
+  const V limit = set(p.x_bits == 8 ? 127 : 32767);
   uint32_t bits[kMostWidth];
   V total = set(0);
   for (int64_t i = 0; i < width; i += kLanes) {
     const V v = load(values + i);
     // Adding `shift` rounds to a whole number and leaves it in the lower bits.
-    const V shifted = max(set(-32767), min(set(32767), v * inverse)) + shift, whole = shifted - shift;
+    const V shifted = max(set(0) - limit, min(limit, v * inverse)) + shift, whole = shifted - shift;
     store(reinterpret_cast<float*>(bits + i), shifted);
     store(values + i, fma(set(0) - whole, size, v));
     total = total + whole;
   }
   *sum = jaxllm::JAXLLM_LEVEL::sum(total);
-  bytes ? put_in_place<true>(bits, width, to) : put_in_place<false>(bits, width, to);
+  put_in_place(p, bits, to);
 }
 
 // ---- strips of weights -------------------------------------------------------------------------------------
 
+// How a kind of codes leaves a word of 32 bits: kCodes of them in kDots, each of which meets as many of x. `word` is
+// one as it lies in memory, made unsigned.
 struct Nibbles {
-  static constexpr int kPairs = 4;  // pairs of codes in a word
+  static constexpr int kCodes = 8, kDots = 4;
   explicit Nibbles(const Packed&) {}
-  W word(W w) const { return w; }  // as it lies in memory, made unsigned
-  template <int J>
-  W pair(W w) const {
-    return both(right<4 * J>(w), set_int(0x000f000f));
-  }
-};
-
-struct Looked {
-  static constexpr int kPairs = 4;
-  explicit Looked(const Packed& p) : table_(p.table) {}
   W word(W w) const { return w; }
   template <int J>
-  W pair(W w) const {
-    return table_.at(both(right<4 * J>(w), set_int(0x000f000f)));
+  W codes(W w) const {
+    return both(right<4 * J>(w), set_int(0x000f000f));
+  }
+  static W add(W sums, W codes, W x) { return dot(sums, codes, x); }
+};
+
+struct Looked : Nibbles {
+  explicit Looked(const Packed& p) : Nibbles(p), table_(p.table) {}
+  template <int J>
+  W codes(W w) const {
+    return table_.at(Nibbles::codes<J>(w));
   }
   Table table_;
 };
 
 struct Bytes {
-  static constexpr int kPairs = 2;
+  static constexpr int kCodes = 4, kDots = 2;
   explicit Bytes(const Packed& p) : flip_(set_int(p.kind == Codes::kSigned ? static_cast<int32_t>(0x80808080u) : 0)) {}
   W word(W w) const { return either(w, flip_); }
   template <int J>
-  W pair(W w) const {
+  W codes(W w) const {
     return both(right<8 * J>(w), set_int(0x00ff00ff));
   }
+  static W add(W sums, W codes, W x) { return dot(sums, codes, x); }
   W flip_;
+};
+
+// The same for activations of 8 bits.
+struct FourNibbles {
+  static constexpr int kCodes = 8, kDots = 2;
+  explicit FourNibbles(const Packed&) {}
+  W word(W w) const { return w; }
+  template <int J>
+  W codes(W w) const {
+    return both(right<4 * J>(w), set_int(0x0f0f0f0f));
+  }
+  static W add(W sums, W codes, W x) { return dot_bytes(sums, codes, x); }
+};
+
+struct FourLooked : FourNibbles {
+  explicit FourLooked(const Packed& p) : FourNibbles(p), table_(p.table) {}
+  template <int J>
+  W codes(W w) const {
+    return table_.at(FourNibbles::codes<J>(w));
+  }
+  ByteTable table_;
+};
+
+struct FourBytes {
+  static constexpr int kCodes = 4, kDots = 1;
+  explicit FourBytes(const Packed&) {}
+  W word(W w) const { return w; }
+  template <int J>
+  W codes(W w) const {
+    return w;
+  }
+  static W add(W sums, W codes, W x) { return dot_bytes(sums, codes, x); }
 };
 
 // ---- products ----------------------------------------------------------------------------------------------
 
 #define JAXLLM_INLINE [[gnu::always_inline]] inline  // the compiler stops where a function gets long, and sums spill
 
-// sums + the products of a word's codes with those of x: R rows of 16-bit pairs, `stride` words of 32 bits apart.
+// sums + the products of a word's codes with those of x: R rows of dots, Stride of them apart.
 // Few rows have several sums each, for one would wait for itself.
-template <int R, int Sums, typename C, int J = 0>
-JAXLLM_INLINE void add_word(const C& codes, W word, const int32_t* x, int64_t stride, W (&sums)[Sums][R]) {
-  if constexpr (J < C::kPairs) {
-    const W pair = codes.template pair<J>(word);
+template <int R, int Stride, int Sums, typename C, int J = 0>
+JAXLLM_INLINE void add_word(const C& codes, W word, const int32_t* x, W (&sums)[Sums][R]) {
+  if constexpr (J < C::kDots) {
+    const W some = codes.template codes<J>(word);
 #pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) sums[J % Sums][i] = dot(sums[J % Sums][i], pair, set_int(x[i * stride + J]));
-    add_word<R, Sums, C, J + 1>(codes, word, x, stride, sums);
+    for (int i = 0; i < R; ++i) sums[J % Sums][i] = C::add(sums[J % Sums][i], some, set_int(x[i * Stride + J]));
+    add_word<R, Stride, Sums, C, J + 1>(codes, word, x, sums);
   }
 }
 
-// Whole sums of block b for R rows of x.
-template <int R, int Width, typename C>
-JAXLLM_INLINE void add_block(const C& codes, const Rounded& x, const uint32_t* words, int64_t m, int64_t b, W* to) {
-  constexpr int kWords = Width / 2 / C::kPairs, kSums = R < 4 && C::kPairs > 2 ? 4 : R < 4 ? 2 : 1;
-  const int64_t stride = x.row;
-  const auto* values = reinterpret_cast<const int32_t*>(x.values) + m * stride + b * (Width / 2);
+// Whole sums of a block for R rows of x.
+template <int R, int Words, typename C>
+JAXLLM_INLINE void add_block(const C& codes, const int32_t* x, const int32_t* start, const uint32_t* words, W* to) {
+  constexpr int kSums = R < 4 ? C::kDots : 1;
   W sums[kSums][R];
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
-    sums[0][i] = set_int(x.start[(m + i) * x.blocks + b]);
+    sums[0][i] = set_int(start[i]);
     for (int j = 1; j < kSums; ++j) sums[j][i] = set_int(0);
   }
 #pragma GCC unroll 8
-  for (int64_t w = 0; w < kWords; ++w)
-    add_word<R, kSums>(codes, load(words + (b * kWords + w) * kLanes), values + w * C::kPairs, stride, sums);
+  for (int64_t w = 0; w < Words; ++w)
+    add_word<R, Words * C::kDots, kSums>(codes, load(words + w * kLanes), x + w * C::kDots, sums);
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
     to[i] = sums[0][i];
@@ -138,28 +184,42 @@ JAXLLM_INLINE void add_block(const C& codes, const Rounded& x, const uint32_t* w
   }
 }
 
-// total + the products of block j of x with group g of a strip, of which `sums` are the whole sums.
-JAXLLM_INLINE V add_scaled(const Rounded& x, const Strip& s, int64_t j, int64_t g, V scale, W sums, V total) {
-  const V unit = set(x.scale[j]);
-  V sum = as_float(sums);
-  if (s.zero) sum = fma(set(-x.sum[j]), load(s.zero + g * kLanes), sum);
-  total = fma(sum, scale * unit, total);
-  return s.offset ? fma(set(x.sum[j]) * unit, load(s.offset + g * kLanes), total) : total;
+// totals + the products of blocks j to j + R of x with group g of a strip, of which `whole` are the sums.
+template <int R>
+JAXLLM_INLINE void add_scaled(const Rounded& x, const Strip& s, int64_t j, int64_t g, const W (&whole)[R],
+                              V (&totals)[R]) {
+  V sums[R];
+  const V scale = load(s.scale + g * kLanes);
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i) sums[i] = as_float(whole[i]);
+  if (s.zero) {
+    const V zero = load(s.zero + g * kLanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) sums[i] = fma(set(-x.sum[j + i]), zero, sums[i]);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i) totals[i] = fma(sums[i], scale * set(x.scale[j + i]), totals[i]);
+  if (s.offset) {
+    const V offset = load(s.offset + g * kLanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) totals[i] = fma(set(x.sum[j + i]) * set(x.scale[j + i]), offset, totals[i]);
+  }
 }
 
-// Rows m to m + R of x against a strip.
+// Rows m to m + R of x, which lie together, against a strip.
 template <int R, int Width, typename C>
-JAXLLM_INLINE void add_rows(const Packed& p, const Rounded& x, const Strip& s, int64_t m, Next next, V* totals) {
+JAXLLM_INLINE void add_rows(const Packed& p, const Rounded& x, const Strip& s, int64_t m, Next next, V (&totals)[R]) {
+  constexpr int kWords = Width / C::kCodes;
   const C codes(p);
   const int64_t a_group = p.group / Width;
+  const uint32_t* words = s.words;
   for (int i = 0; i < R; ++i) totals[i] = set(0);
-  for (int64_t b = 0, g = 0, left = a_group; b < x.blocks; ++b) {
+  for (int64_t b = 0, g = 0, left = a_group, j = x.first(m); b < x.blocks; ++b, j += kTogether) {
     next.some();
     W sums[R];
-    add_block<R, Width>(codes, x, s.words, m, b, sums);
-    const V scale = load(s.scale + g * kLanes);
-#pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) totals[i] = add_scaled(x, s, (m + i) * x.blocks + b, g, scale, sums[i], totals[i]);
+    add_block<R, kWords>(codes, x.values + j * (kWords * C::kDots), x.start + j, words, sums);
+    words += kWords * kLanes;
+    add_scaled(x, s, j, g, sums, totals);
     if (--left == 0) ++g, left = a_group;
   }
 }
@@ -176,11 +236,11 @@ struct Job {
 
 // What R rows of x from m on give with rows n to n + rows of both weights, to y.
 template <int R>
-void finish(const Job& job, const Rounded& x, int64_t m, int64_t n, int64_t rows, V* totals, V* other) {
+void finish(const Job& job, const Rounded& x, int64_t m, int64_t n, int64_t rows, const V* totals, const V* other) {
+  const auto of_row = [&](const V* parts) { return x.parts == 2 && R > 1 ? parts[0] + parts[1] : parts[0]; };
   for (int64_t i = 0; i < R; i += x.parts) {
-    if (x.parts == 2 && i + 1 < R) totals[i] = totals[i] + totals[i + 1], other[i] = other[i] + other[i + 1];
-    V y = totals[i];
-    if (job.up) y = activated(job.activation, y) * other[i];
+    V y = of_row(totals + i);
+    if (job.up) y = activated(job.activation, y) * of_row(other + i);
     write(job.p.y, job.p.y_type, (m + i) / x.parts * job.p.n + n, y, rows);
   }
 }
@@ -198,10 +258,10 @@ template <int R, int Width, typename C>
 [[gnu::noinline]] void few(const Job& job, const Rounded& x, int64_t n0, int64_t n1) {
   for (int64_t n = n0; n < n1; n += kLanes) {
     const int64_t rows = least(kLanes, n1 - n);
-    V totals[R], other[R] = {};
+    V totals[R][1], other[R][1] = {};
     add_few<R, Width, C>(job.p, x, job.strip, n, rows, totals);
     if (job.up) add_few<R, Width, C>(*job.up, x, job.up_strip, n, rows, other);
-    finish<R>(job, x, 0, n, rows, totals, other);
+    finish<R>(job, x, 0, n, rows, totals[0], other[0]);
   }
 }
 
@@ -214,7 +274,7 @@ void few(const Job& job, const Rounded& x, int64_t n0, int64_t n1) {
 
 template <int Width, typename C>
 void strip(const Job& job, const Rounded& x, int64_t m0, int64_t m1, int64_t n, int64_t rows) {
-  constexpr int kMost = kLanes == 16 ? 8 : 4;
+  constexpr int kMost = kTogether;
   int64_t m = m0 *= x.parts;
   m1 *= x.parts;
   for (; m + kMost <= m1; m += kMost) some_rows<kMost, Width, C>(job, x, m, n, rows, m == m0);
@@ -236,29 +296,27 @@ void strips(const Job& job, const Rounded& x, int64_t m0, int64_t m1, int64_t n0
 
 }  // namespace
 
-extern const int64_t kStripRows = kLanes;
+extern const int64_t kStripRows = kLanes, kRowsTogether = kTogether;
 
-int64_t pairs(const Packed& p, bool few) {
-  return few ? up(words_of(p), kLanes) * (has_bytes(p) ? 2 : 4) : up(p.k, p.width) / 2;
-}
+int64_t dots(const Packed& p, bool few) { return (few ? padded_words(p) : words_of(p)) * dots_of_word(p); }
 
 bool takes_few(const Packed& p) { return p.width == 32 || has_bytes(p); }
 
 static void round_row(const Packed& p, int64_t row, const Rounded& x) {
   const Numbers from{p.x, p.x_type, p.k};
-  auto* lanes = reinterpret_cast<int32_t*>(x.values) + row * x.parts * x.row;  // of few
+  int32_t* lanes = x.values + row * x.parts * x.row;  // of few
   if (x.few) std::fill(lanes, lanes + x.parts * x.row, 0);
-  const int64_t first[2] = {x.first(row * x.parts), x.first(row * x.parts + x.parts - 1)};
+  const int64_t count = dots_of_block(p), first[2] = {x.first(row * x.parts), x.first(row * x.parts + x.parts - 1)};
   for (int64_t b = 0; b < x.blocks; ++b) {
     float values[kMostWidth];
     for (int64_t i = 0, k = b * p.width; i < p.width; i += kLanes, k += kLanes)
       store(values + i, k < p.k ? numbers(from, row * p.k + k, p.k - k) : set(0));
     for (int64_t part = 0; part < x.parts; ++part) {
       const int64_t at = first[part] + b * x.together;
-      alignas(4) int16_t block[kMostWidth];
-      int16_t* to = x.few ? block : x.values + at * p.width;
-      round_block(values, p.width, has_bytes(p), to, x.scale + at, x.sum + at);
-      if (x.few) put_in_lanes(block, p.width / 2, has_bytes(p) ? 2 : 4, b, lanes + part * x.row);
+      int32_t block[kMostWidth / 2];
+      int32_t* to = x.few ? block : x.values + at * count;
+      round_block(p, values, to, x.scale + at, x.sum + at);
+      if (x.few) put_in_lanes(block, count, dots_of_word(p), b, lanes + part * x.row);
       x.start[at] = static_cast<int32_t>(-p.center * static_cast<int64_t>(x.sum[at]));
     }
   }
@@ -281,9 +339,13 @@ void packed(const Packed& p, const Packed* up_weights, Activation activation, co
   };
   void* second = static_cast<char*>(memory) + strip_bytes(p);
   const Job job{p, up_weights, activation, strip_at(p, memory), up_weights ? strip_at(*up_weights, second) : Strip{}};
-  if (p.kind == Codes::kNibbles) return strips<Nibbles>(job, x, m0, m1, n0, n1);
-  if (p.kind == Codes::kTable) return strips<Looked>(job, x, m0, m1, n0, n1);
-  strips<Bytes>(job, x, m0, m1, n0, n1);
+  const bool eight = p.x_bits == 8;
+  const auto go = [&](auto sixteen_bits, auto eight_bits) {
+    eight ? eight_bits(job, x, m0, m1, n0, n1) : sixteen_bits(job, x, m0, m1, n0, n1);
+  };
+  if (p.kind == Codes::kNibbles) return go(strips<Nibbles>, strips<FourNibbles>);
+  if (p.kind == Codes::kTable) return go(strips<Looked>, strips<FourLooked>);
+  go(strips<Bytes>, strips<FourBytes>);
 }
 
 }  // namespace jaxllm::JAXLLM_LEVEL
