@@ -90,7 +90,7 @@ def _in_words(record: dict[str, Any]) -> str:
     return (
         f"{record['verified']} by {record['where']}\n"
         f"  {record['tokens_equal']} of {record['tokens']} greedy tokens are the live model's{ties}; "
-        f"{record['compared']} differ by at most {record['max_difference']:.2e}, {record['allowed']:.2e} is allowed"
+        f"{record['compared']} differ by up to {record['max_difference']:.2e}, {record['allowed']:.2e} is allowed"
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxllm import quant
 from jaxllm.config import ModelConfig, params_shape
-from jaxllm.errors import CheckpointError
+from jaxllm.errors import CheckpointError, MissingExtraError
 from jaxllm.export import manifest as manifests
 from jaxllm.export import verification
 from jaxllm.export.options import Options, settled
@@ -116,7 +116,7 @@ def _written(target: Target, model: Model, options: Options, part: pathlib.Path,
     job = Job(model, options, pair, part)
     built = target.build(job)
     advance()
-    asked = verification.reference(model, options)
+    asked = verification.reference(model, options, target.allowed[model.config.dtype])
     verification.write(part / verification.NAME, verification.thinned(asked))
     record = manifests.described(target, job, built)
     manifests.write(part, record, manifests.UNVERIFIED)
@@ -140,8 +140,6 @@ def verify(folder: str | os.PathLike) -> dict[str, Any]:
     manifest = manifests.opened(folder)
     target = find(manifest["target"]["name"])
     if reason := target.missing():
-        from jaxllm.errors import MissingExtraError
-
         raise MissingExtraError(reason)
     asked = verification.read(folder / verification.NAME)
     with progress(f"running {folder.name}", 1) as advance:

@@ -11,6 +11,7 @@ from jaxllm.config import ModelConfig
 from jaxllm.errors import ContextError
 from jaxllm.state import State, init_state
 
+STEPS = 32  # tokens after a prompt that every export is verified with
 USUAL_CONTEXT = 4096  # tokens, unless more are asked for: a cache of 131,072 would be larger than most models
 
 
@@ -41,6 +42,8 @@ def settled(options: Options, config: ModelConfig) -> Options:
     context = options.context
     if options.window is None and context is None:
         context = min(config.max_len, USUAL_CONTEXT)
+    if context is not None and context <= STEPS:
+        raise ContextError(f"an export is verified with {STEPS} tokens after a prompt; give a context of more")
     room = options.window or context
     options = replace(options, context=context, chunk=min(options.chunk, room))
     jax.eval_shape(lambda: options.state(config))  # says what is wrong with them, and allocates nothing

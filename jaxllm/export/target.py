@@ -20,6 +20,9 @@ from jaxllm.export.program import Program
 from jaxllm.model import Model
 from jaxllm.quant import Format
 
+# How far a logit may be from the live model's, over the largest one, by the dtype of activations. Programs that do
+# the same in another order were within 1e-6, 2e-3 and 1e-2; a target that rounds more has numbers of its own.
+ALLOWED = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 Formats = Mapping[str, Format]  # path of each packed parameter -> its format
 
 
@@ -69,6 +72,7 @@ class Target:
     refuses: Callable[[ModelConfig, Formats, Options], str | None]  # why it cannot take a model, before any work
     build: Callable[[Job], Built]
     run: Callable[[pathlib.Path, Mapping[str, Any]], Runner]  # of a directory and its manifest
+    allowed: Mapping[str, float] = field(default_factory=lambda: ALLOWED)  # by the dtype of activations
 
     def missing(self) -> str | None:
         """Which modules are not installed, with the command that brings them."""

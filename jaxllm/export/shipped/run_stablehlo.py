@@ -8,12 +8,13 @@ python run_stablehlo.py --ids 12,7,99 --max-new-tokens 64 --temperature 0.8 --to
 import argparse
 import dataclasses
 import hashlib
+import itertools
 import json
-import math
 import pathlib
 import sys
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 
@@ -24,8 +25,8 @@ KINDS |= {f"{sign}{bits}": f"{name}{bits}" for sign, name in (("I", "int"), ("U"
 
 def arrays(path):
     """(name, array) of every tensor in a safetensors file, mapped and not read."""
-    size = int.from_bytes(path.open("rb").read(8), "little")
     data = np.memmap(path, np.uint8, "r")
+    size = int.from_bytes(data[:8].tobytes(), "little")
     for name, entry in json.loads(data[8 : 8 + size].tobytes()).items():
         if name != "__metadata__":
             start, stop = (8 + size + offset for offset in entry["data_offsets"])
@@ -45,7 +46,10 @@ class Artifact:
         self.manifest = json.loads((self.folder / manifest).read_text(encoding="utf-8"))
         for name, entry in self.manifest["files"].items():
             self.check(self.folder / name, entry["sha256"])
-        self.device = jax.devices(None if anywhere else self.manifest["target"]["platform"])[0]
+        try:
+            self.device = jax.devices(None if anywhere else self.manifest["target"]["platform"])[0]
+        except RuntimeError as error:
+            sys.exit(f"these programs are for another platform than this machine's: {error}")
         self.params = {}
         for name in self.manifest["parameters"]:
             self.params |= {k: jax.device_put(x, self.device) for k, x in arrays(self.folder / name)}
@@ -76,34 +80,40 @@ class Artifact:
         """(results, state) of "prefill" or "decode" for the manifest's inputs, by name; consumes the state."""
         return self.programs[program](self.params, state, inputs)
 
+    def inputs(self, ids, width, step, temperature, top_p, seed):
+        """What a program takes besides: the ids in every row, and a sampler's numbers if it has one inside."""
+        B = self.manifest["batch"]
+        row = np.pad(np.array(ids, np.int32), (0, width - len(ids)))
+        found = {"tokens": np.tile(row, (B, 1)), "n_new": np.full(B, len(ids), np.int32)}
+        if self.manifest["sampler"]["place"] == "in-graph":
+            floats = {"temperature": temperature, "top_p": top_p, "min_p": 0.0}
+            found |= {k: np.full(B, v, np.float32) for k, v in floats.items()} | {"top_k": np.zeros(B, np.int32)}
+            found |= {"seed": np.full(B, seed, np.uint32), "step": np.full(B, step, np.int32)}
+        return found
+
     def generate(self, ids, *, temperature=0.0, top_p=1.0, seed=0):
-        """Token ids that follow the ids, as long as there is room; every row of a batch gets the same prompt."""
-        chunk, B, room = self.manifest["chunk"], self.manifest["batch"], self.manifest["context"] or math.inf
-        in_graph, random, state = (
-            self.manifest["sampler"]["place"] == "in-graph",
-            np.random.default_rng(seed),
-            self.start(),
-        )
-        knobs = {"temperature": temperature, "top_p": top_p, "min_p": 0.0}
-        knobs = {k: np.full(B, v, np.float32) for k, v in knobs.items()} | {"top_k": np.zeros(B, np.int32)}
-        parts, seen, step = [ids[i : i + chunk] for i in range(0, len(ids), chunk)], 0, 0
-        while parts and seen + len(parts[0]) <= room:
-            part, program = parts.pop(0), "prefill" if step == 0 else "decode"
-            row = np.pad(np.array(part, np.int32), (0, (chunk if step == 0 else 1) - len(part)))
-            inputs = {"tokens": np.tile(row, (B, 1)), "n_new": np.full(B, len(part), np.int32)}
-            if in_graph:
-                inputs |= knobs | {"seed": np.full(B, seed, np.uint32), "step": np.full(B, step, np.int32)}
-            results, state = self.step(program, state, inputs)
-            seen += len(part)
-            if not parts:
-                drawn = np.asarray(results["token" if in_graph else "logits"])[0]
-                token = int(drawn) if in_graph else sample(drawn, temperature, top_p, random)
-                parts, step = [[token]], step + 1
-                yield token
+        """Token ids that follow the ids, while there is room. Rows of a batch are alike, the first is read."""
+        chunk, room, knobs = self.manifest["chunk"], self.manifest["context"], (temperature, top_p, seed)
+        if not ids or (room and len(ids) > room):
+            sys.exit(f"the prompt has {len(ids)} tokens; this export takes 1 to {room or 'any number'}")
+        random, state = np.random.default_rng(seed), self.start()
+        for start in range(0, len(ids), chunk):
+            inputs = self.inputs(ids[start : start + chunk], chunk, 0, *knobs)
+            results, state = self.step("prefill", state, inputs)
+        for step in itertools.count(1):
+            inside = "token" in results
+            token = (
+                int(results["token"][0]) if inside else sample(results["logits"][0], temperature, top_p, random)
+            )
+            yield token
+            if room and len(ids) + step > room:
+                return
+            results, state = self.step("decode", state, self.inputs([token], 1, step, *knobs))
 
 
 def sample(logits, temperature, top_p, random):
     """A token by logits f32 [V]: the best at temperature 0, else drawn from those of probability top_p."""
+    logits = np.asarray(logits)
     if temperature == 0:
         return int(logits.argmax())
     order = np.argsort(-logits)

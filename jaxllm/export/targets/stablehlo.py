@@ -1,8 +1,8 @@
 """XLA's programs for one platform: jax.export's serialized functions, and portable StableHLO beside them.
 
-The functions carry JAX's promise (six months of newer versions); StableHLO is written in a version that consumers of
-the last twelve weeks read (github.com/openxla/stablehlo, docs/compatibility.md). Kernels of jaxllm's own are left
-out, so that nothing but XLA is needed.
+The functions carry JAX's promise (six months of newer versions). StableHLO is written in the version of twelve
+weeks ago, for consumers as old as that (github.com/openxla/stablehlo, docs/compatibility.md). Kernels of jaxllm's
+own are left out, so that nothing but XLA is needed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jaxlib
 import numpy as np
+from jax import export
 
 from jaxllm import ops
 from jaxllm.config import ModelConfig
@@ -48,7 +49,7 @@ def versions() -> dict[str, str]:
     return {
         "jax": jax.__version__,
         "jaxlib": jaxlib.__version__,
-        "calling_convention": str(jax.export.maximum_supported_calling_convention_version),
+        "calling_convention": str(export.maximum_supported_calling_convention_version),
         "stablehlo": _stablehlo_version(),
     }
 
@@ -61,17 +62,15 @@ def _written(program: Program, job: Job) -> dict[str, str]:
     return names
 
 
-def exported(program: Program, platform: str) -> jax.export.Exported:
+def exported(program: Program, platform: str) -> export.Exported:
     """The program lowered for a platform, whether it is here or not; the state is donated."""
-    from jax import export
-
     with ops.portable():
         # Nothing unused is dropped: the arguments are those of the manifest.
         function = jax.jit(program.call, donate_argnums=1, keep_unused=True)
         return export.export(function, platforms=[platform])(*program.specs)
 
 
-def portable(made: jax.export.Exported) -> bytes:
+def portable(made: export.Exported) -> bytes:
     """Its StableHLO as bytecode of the version that WINDOW says."""
     from jax.extend.mlir.dialects import stablehlo
 
