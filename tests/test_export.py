@@ -571,7 +571,7 @@ def test_other_refusals(tmp_path, monkeypatch):
 NEW = """
 from jaxllm.export.target import Target
 
-def refuses(config, formats, options):
+def refuses(config, values, formats, options):
     return f"{sorted(formats)[0]} is packed" if formats else None
 
 TARGET = Target("paper", "printed", ("a4",), ("json",), None, refuses, lambda job: 1 / 0, None)

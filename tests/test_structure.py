@@ -64,7 +64,8 @@ MAY_IMPORT = {
     "random_weights": "checkpoint config model progress quant",
     "startup": "decode errors jaxllm programs",
     "bench": "checkpoint config decode errors model native ops prompts quant startup state",
-    "export": "checkpoint config decode errors files jaxllm layers model ops progress prompts quant sampling state",
+    "export": "checkpoint config decode errors files jaxllm layers model ops progress prompts quant sampling state"
+    " tokenizer",
     "calibration": "checkpoint config errors layers model progress prompts quant state taps",
     "jaxllm": "config layers model quant state taps",
 }

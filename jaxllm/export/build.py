@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxllm import quant
+from jaxllm.checkpoint.source import open_source
 from jaxllm.config import ModelConfig, params_shape
 from jaxllm.errors import CheckpointError, MissingExtraError
 from jaxllm.export import manifest as manifests
@@ -19,7 +20,8 @@ from jaxllm.export.options import Options, settled
 from jaxllm.export.parameters import abstract
 from jaxllm.export.program import programs
 from jaxllm.export.target import Formats, Job, Target, check, find
-from jaxllm.model import Model, load, load_config, quantize_files
+from jaxllm.model import Model, config_of, load, quantize_files
+from jaxllm.model import find as find_files
 from jaxllm.progress import progress
 from jaxllm.quant.formats import UNQUANTIZED, named
 
@@ -63,16 +65,24 @@ def export(
     options = replace(options, platform=options.platform or next(iter(made.platforms), None))
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise CheckpointError(f"{out} exists already; give a new folder, or delete this one first")
-    config = source.config if isinstance(source, Model) else load_config(source)
+    config, values = _described(source)
     planned = manifests.formats_of(source) if isinstance(source, Model) else {}
     options = settled(options, config)
-    check(made, config, planned | _planned(format, config), options)
+    check(made, config, values, planned | _planned(format, config), options)
     with _aside(out) as part, progress(f"exporting for {target}", STAGES) as advance:
         model = _loaded(source, format, dtype, part)
-        check(made, model.config, manifests.formats_of(model), options)
+        check(made, model.config, model.values, manifests.formats_of(model), options)
         record = _written(made, model, options, part, advance)
         part.rename(out)
     return Exported(out, record)
+
+
+def _described(source: str | os.PathLike | Model | None) -> tuple[ModelConfig, Mapping[str, Any]]:
+    """(config, its config.json), without reading a weight."""
+    if isinstance(source, Model):
+        return source.config, source.values
+    opened = open_source(find_files(source))
+    return config_of(opened), opened.values
 
 
 def _planned(format: str | None, config: ModelConfig) -> Formats:
@@ -116,7 +126,7 @@ def _written(target: Target, model: Model, options: Options, part: pathlib.Path,
     job = Job(model, options, pair, part)
     built = target.build(job)
     advance()
-    asked = verification.reference(model, options, target.allowed[model.config.dtype])
+    asked = verification.reference(model, options, target.allowed(model.config, manifests.formats_of(model)))
     verification.write(part / verification.NAME, verification.thinned(asked))
     record = manifests.described(target, job, built)
     manifests.write(part, record, manifests.UNVERIFIED)

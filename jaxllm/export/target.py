@@ -20,10 +20,15 @@ from jaxllm.export.program import Program
 from jaxllm.model import Model
 from jaxllm.quant import Format
 
-# How far a logit may be from the live model's, over the largest one, by the dtype of activations. Programs that do
-# the same in another order were within 1e-6, 2e-3 and 1e-2; a target that rounds more has numbers of its own.
+# By the dtype of activations. Programs that do the same in another order were within 1e-6, 2e-3 and 1e-2.
 ALLOWED = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 Formats = Mapping[str, Format]  # path of each packed parameter -> its format
+Values = Mapping[str, Any]  # the checkpoint's config.json; empty for a model made by hand
+
+
+def allowed(config: ModelConfig, formats: Formats) -> float:
+    """How far a logit may be from the live model's, over the largest one, where a target says nothing else."""
+    return ALLOWED[config.dtype]
 
 
 @dataclass(frozen=True)
@@ -69,10 +74,10 @@ class Target:
     platforms: tuple[str, ...]  # choices of --platform, the usual one first; () where there is no choice
     needs: tuple[str, ...]  # modules that building and running import
     extra: str | None  # of jaxllm, which brings them
-    refuses: Callable[[ModelConfig, Formats, Options], str | None]  # why it cannot take a model, before any work
+    refuses: Callable[[ModelConfig, Values, Formats, Options], str | None]  # why it cannot take a model
     build: Callable[[Job], Built]
     run: Callable[[pathlib.Path, Mapping[str, Any]], Runner]  # of a directory and its manifest
-    allowed: Mapping[str, float] = field(default_factory=lambda: ALLOWED)  # by the dtype of activations
+    allowed: Callable[[ModelConfig, Formats], float] = allowed  # difference of a logit, over the largest
 
     def missing(self) -> str | None:
         """Which modules are not installed, with the command that brings them."""
@@ -94,12 +99,12 @@ def find(name: str) -> Target:
     return importlib.import_module(f"{targets.__name__}.{name}").TARGET
 
 
-def check(target: Target, config: ModelConfig, formats: Formats, options: Options) -> None:
+def check(target: Target, config: ModelConfig, values: Values, formats: Formats, options: Options) -> None:
     """Raise ConfigError where the target cannot take a model, MissingExtraError where it lacks a package."""
     if options.platform not in (target.platforms or (None,)):
         known = f"its platforms are {', '.join(target.platforms)}" if target.platforms else "it has no platforms"
         raise ConfigError(f"the target {target.name} knows no platform {options.platform!r}; {known}")
-    if reason := target.refuses(config, formats, options):
+    if reason := target.refuses(config, values, formats, options):
         raise ConfigError(f"the target {target.name} cannot take this model: {reason}")
     if reason := target.missing():
         raise MissingExtraError(reason)

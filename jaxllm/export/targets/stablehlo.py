@@ -24,14 +24,14 @@ from jaxllm.export import shipped
 from jaxllm.export.options import Options
 from jaxllm.export.parameters import write
 from jaxllm.export.program import Program
-from jaxllm.export.target import Built, Formats, Job, Target
+from jaxllm.export.target import Built, Formats, Job, Target, Values
 
 RUNNER = "run_stablehlo.py"
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 WINDOW = "WEEK_12"  # the versions of StableHLO of so many weeks read it
 
 
-def refuses(config: ModelConfig, formats: Formats, options: Options) -> str | None:
+def refuses(config: ModelConfig, values: Values, formats: Formats, options: Options) -> str | None:
     """Nothing: XLA takes every model that JAX does."""
     return None
 
