@@ -74,7 +74,7 @@ class Target:
     platforms: tuple[str, ...]  # choices of --platform, the usual one first; () where there is no choice
     needs: tuple[str, ...]  # modules that building and running import
     extra: str | None  # of jaxllm, which brings them
-    refuses: Callable[[ModelConfig, Values, Formats, Options], str | None]  # why it cannot take a model
+    refuses: Callable[[ModelConfig, Values, Formats, Options], str | None]  # why it cannot take a model, or None
     build: Callable[[Job], Built]
     run: Callable[[pathlib.Path, Mapping[str, Any]], Runner]  # of a directory and its manifest
     allowed: Callable[[ModelConfig, Formats], float] = allowed  # difference of a logit, over the largest

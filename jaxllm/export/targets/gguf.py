@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import pathlib
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,7 +22,9 @@ from jaxllm.export.program import Program
 from jaxllm.export.target import ALLOWED, Built, Formats, Job, Target, Values
 
 FILE = "model.gguf"
-PACKED = 5e-2  # of the largest logit: llama.cpp rounds activations to 8 bits before it multiplies packed weights
+# Of the largest logit: llama.cpp rounds activations to 8 bits before it multiplies packed weights, and looks gelu up
+# in a table of float16.
+PACKED, TABLE = 5e-2, 1e-3
 
 
 def refuses(config: ModelConfig, values: Values, formats: Formats, options: Options) -> str | None:
@@ -34,8 +37,9 @@ def refuses(config: ModelConfig, values: Values, formats: Formats, options: Opti
 
 
 def allowed(config: ModelConfig, formats: Formats) -> float:
-    """Packed weights and those of 16 bits are multiplied by rounded activations."""
-    return PACKED if formats else ALLOWED[config.dtype]
+    """By what llama.cpp rounds."""
+    looked_up = any("gelu" in b.ffn.act for b in config.blocks if b.ffn)
+    return PACKED if formats else max(ALLOWED[config.dtype], TABLE * looked_up)
 
 
 def build(job: Job) -> Built:
@@ -64,8 +68,7 @@ class Runner:
         import llama_cpp
 
         self._lib, self._rows = llama_cpp, manifest["batch"]
-        self._log = llama_cpp.llama_log_callback(lambda level, text, data: None)
-        llama_cpp.llama_log_set(self._log, ctypes.c_void_p())
+        llama_cpp.llama_log_set(_silent(), ctypes.c_void_p())
         self._model = _made(llama_cpp.llama_model_load_from_file(*self._file(folder)), "load the file")
         self._vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
         size = manifest["chunk"] * manifest["batch"]
@@ -120,6 +123,14 @@ class Runner:
                 last[row] = i - 1
         batch.n_tokens = i
         return last
+
+
+@functools.cache
+def _silent() -> Any:
+    """A log that says nothing; kept, because llama.cpp goes on calling it."""
+    import llama_cpp
+
+    return llama_cpp.llama_log_callback(lambda level, text, data: None)
 
 
 def _made(pointer: Any, what: str) -> Any:
