@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from jaxllm import __version__
-from jaxllm.commands import bench, chat, compare, generate, info, logits, quantize, score, tune, warm
+from jaxllm.commands import bench, chat, compare, export, generate, info, logits, quantize, score, tune, warm
 from jaxllm.commands.common import formatter
 from jaxllm.errors import JaxllmError
 from jaxllm.programs import keep_programs
@@ -25,6 +25,7 @@ COMMANDS = {
     "info": info,
     "compare": compare,
     "quantize": quantize,
+    "export": export,
     "bench": bench,
     "warm": warm,
     "tune": tune,

@@ -195,8 +195,8 @@ def grouped_matmul(x: Array, w: Array | QTensor, expert: Array) -> Array:
 
 @jax.custom_jvp
 def _grouped(x: Array, w: Array | QTensor, expert: Array) -> Array:
-    if _PORTABLE.value:
-        return _grouped_piece(x, w, expert, ())
+    if _PORTABLE.value:  # `ragged_dot` is no operation of StableHLO, and XLA for CPU has none
+        return (_xla_packed_grouped if isinstance(w, QTensor) else _grouped_cpu)(x, w, expert)
     piece = functools.partial(_grouped_piece, platforms=kernels.platforms())
     whole = lambda x, w, expert, ids: piece(x, w, expert)
     k = "k" if not isinstance(w, QTensor) or w.divisible else "_"
@@ -217,7 +217,7 @@ def _grouped_piece(x: Array, w: Array | QTensor, expert: Array, platforms: tuple
         by_platform, definition = {"cpu": _grouped_cpu}, _ragged
     else:
         w, by_platform, definition = replace(w, columns=x.shape[1]), {}, _xla_packed_grouped
-        if not _PORTABLE.value and w.order is None and packed.refuses(x, w) is None:
+        if w.order is None and packed.refuses(x, w) is None:
             by_platform["cpu"] = packed.grouped
     return _by_platform(by_platform | kernels.grouped_matmul(x, w, platforms), definition, x, w, expert)
 

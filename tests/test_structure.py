@@ -64,6 +64,8 @@ MAY_IMPORT = {
     "random_weights": "checkpoint config model progress quant",
     "startup": "decode errors jaxllm programs",
     "bench": "checkpoint config decode errors model native ops prompts quant startup state",
+    "export": "checkpoint config decode errors files jaxllm layers model ops progress prompts quant sampling state"
+    " tokenizer",
     "calibration": "checkpoint config errors layers model progress prompts quant state taps",
     "jaxllm": "config layers model quant state taps",
 }
@@ -84,8 +86,10 @@ def tree(path: pathlib.Path) -> ast.Module:
 
 def part(module: str) -> str:
     """The row of the table that jaxllm's module (without "jaxllm.") belongs to."""
-    first = module.split(".")[0] if module else "jaxllm"
-    return SAME_PART.get(first, first)
+    parts = (module or "jaxllm").split(".")
+    if parts[-1] == "__main__":  # of a package, too: what `python -m` runs
+        return parts[-1]
+    return SAME_PART.get(parts[0], parts[0])
 
 
 def part_of(path: pathlib.Path) -> str:

@@ -41,7 +41,13 @@ def open_file(path: pathlib.Path) -> tuple[dict[str, Any], Family, Callable[[], 
     malformed file, ConfigError for an architecture that is not known or metadata that is missing or no number.
     """
     file = read_gguf(path)
-    kind = file.metadata.get("general.architecture")
+    config, found = described(file)
+    return config, found, partial(_readers, file), file
+
+
+def described(file: GGUF) -> tuple[dict[str, Any], Family]:
+    """(config as Hugging Face spells it, family) of what a file says. Raises as `open_file` does."""
+    path, kind = file.path, file.metadata.get("general.architecture")
     if not isinstance(kind, str) or kind not in ARCHS:
         known = ", ".join(sorted(ARCHS))
         raise ConfigError(f"{path}: the architecture {kind!r} is not known to jaxllm. Known are: {known}")
@@ -53,7 +59,7 @@ def open_file(path: pathlib.Path) -> tuple[dict[str, Any], Family, Callable[[], 
     except (ArithmeticError, TypeError, ValueError, LookupError, AttributeError) as error:
         fault = f"{type(error).__name__}: {error}"
         raise ConfigError(f"{path}: the values of its metadata do not fit together ({fault})") from error
-    return config, _family(config, keys, ARCHS[kind]), partial(_readers, file), file
+    return config, _family(config, keys, ARCHS[kind])
 
 
 def _family(config: dict[str, Any], keys: Keys, arch: Arch) -> Family:

@@ -63,7 +63,7 @@ class Writer:
         self.formats: dict[str, Format] = {}
         self.nbytes = 0
         self.dtype: str | None = None  # that of the embedding, which is the activations'
-        self._shards: list[_Shard] = []
+        self._shards: list[Shard] = []
         self._part = self.folder.with_name(f".{self.folder.name}.part-{os.getpid()}")
         if self.folder.exists() and not (self.folder.is_dir() and not any(self.folder.iterdir())):
             raise CheckpointError(f"{self.folder} exists already; give a new folder, or delete this one first")
@@ -104,10 +104,8 @@ class Writer:
         self.tensors[path] = head(q, key)
 
     def _array(self, name: str, x: np.ndarray) -> None:
-        if x.dtype not in _NAMES:
-            raise CheckpointError(f"{name}: arrays of dtype {x.dtype} cannot be stored; convert it first")
         if not self._shards or not self._shards[-1].takes(name, x):
-            self._shards.append(_Shard(self._part / f"{len(self._shards)}"))
+            self._shards.append(Shard(self._part / f"{len(self._shards)}"))
         self._shards[-1].put(name, x)
         self.nbytes += x.nbytes
 
@@ -137,8 +135,11 @@ class Writer:
         return kept | {"dtype": self.dtype, "quantization_config": ours}
 
 
-class _Shard:
-    """One safetensors file being written: its header goes into room left free for it when all is known."""
+class Shard:
+    """One safetensors file being written: its header goes into room left free for it when all is known.
+
+    Open a new one for a tensor that it does not take. Raises CheckpointError for a dtype that no file can hold.
+    """
 
     def __init__(self, path: pathlib.Path):
         self.path, self.header, self.end, self.length = path, {}, 0, 2
@@ -146,19 +147,24 @@ class _Shard:
         self.file.seek(HEADER)
 
     def _entry(self, name: str, x: np.ndarray) -> dict[str, Any]:
+        if x.dtype not in _NAMES:
+            raise CheckpointError(f"{name}: arrays of dtype {x.dtype} cannot be stored; convert it first")
         return {"dtype": _NAMES[x.dtype], "shape": list(x.shape), "data_offsets": [self.end, self.end + x.nbytes]}
 
     def takes(self, name: str, x: np.ndarray) -> bool:
+        """Whether there is room left for a tensor and its name; an empty file takes any."""
         more = len(json.dumps({name: self._entry(name, x)}))
         return not self.header or (self.end + x.nbytes <= SHARD and self.length + more <= HEADER - 8)
 
     def put(self, name: str, x: np.ndarray) -> None:
+        """Write a tensor behind those before."""
         self.header[name] = self._entry(name, x)
         self.length += len(json.dumps({name: self.header[name]}))
         self.file.write(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
         self.end += x.nbytes
 
     def close(self, path: pathlib.Path) -> None:
+        """Write the header, and move the file to `path`."""
         self.file.seek(0)
         text = json.dumps(self.header).encode().ljust(HEADER - 8)
         self.file.write((HEADER - 8).to_bytes(8, "little") + text)

@@ -1,0 +1,201 @@
+"""The two programs of an export, prefill and decode: functions of named arrays, and what each array is.
+
+A program takes three dicts, parameters, state and inputs, and gives two, results and state. Flattened they are in
+the order of the dicts' sorted names, which is that of `Program.inputs` and `Program.outputs`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm import layers, sampling
+from jaxllm.config import ModelConfig
+from jaxllm.export.options import Options
+from jaxllm.export.parameters import Leaf, assembled, named
+from jaxllm.quant import QTensor
+from jaxllm.state import State
+
+Array = jax.Array
+Named = dict[str, Array]
+
+PARTS = {  # of a packed weight
+    "codes": "codes of {format}, fields of {bits} bits from the lowest of each byte on",
+    "scale": "scales of {format}",
+    "high": "the codes' higher bits",
+    "zero": "the code that stands for zero",
+    "offset": "added after scaling",
+    "super_scale": "scales of the scales",
+    "super_offset": "scales of the offsets",
+    "order": "column c of the codes is column order[c] of the weight",
+    "input_scale": "what activations are divided by before they are rounded",
+}
+STATE = {  # last part of the name -> (layout, meaning)
+    "k": ("B K S h", "keys of each kv head and slot"),
+    "v": ("B K S h", "values of each kv head and slot"),
+    "c": ("B 1 S r", "latent and rotary key of each slot"),
+    "pos": ("B S", "position that each slot holds; -1 where it is empty"),
+    "conv": ("B t C", "the convolution's last inputs"),
+    "memory": ("B ...", "the recurrent layer's memory"),
+    "length": ("B", "tokens that each row has seen"),
+}
+INPUTS = {  # name -> (dtype, layout, meaning)
+    "tokens": ("int32", "B T", "the next tokens of each row; padding on the right"),
+    "n_new": ("int32", "B", "how many of a row's tokens are real, 0 to T"),
+}
+SAMPLING = {
+    "temperature": ("float32", "B", "0 takes the most probable token"),
+    "top_k": ("int32", "B", "keep the k most probable tokens; 0 keeps all"),
+    "top_p": ("float32", "B", "keep the fewest tokens of this probability together; 1 keeps all"),
+    "min_p": ("float32", "B", "keep tokens this many times as probable as the best; 0 keeps all"),
+    "seed": ("uint32", "B", "of the row's draws"),
+    "step": ("int32", "B", "tokens drawn for the row before this one"),
+}
+RESULTS = {
+    "logits": ("B V", "of the token after each row's newest; what a row without new tokens has is no result"),
+    "token": ("B", "the token drawn after each row's newest; -1 where none can follow"),
+    "logprob": ("B", "its log-probability by the model's own distribution"),
+}
+
+
+@dataclass(frozen=True)
+class Port:
+    """One array that goes into a program or comes out."""
+
+    name: str
+    role: str  # "parameter", "state", "input" or "result"
+    shape: tuple[int, ...]
+    dtype: str
+    layout: str  # what the axes are: B rows, T tokens, S slots, K kv heads, h head dim, V vocabulary, ...
+    meaning: str
+    initial: int | None = None  # what fills an empty state
+    donated: bool | None = None  # the program may use its memory for the output of the same name
+
+    def as_json(self) -> dict[str, Any]:
+        """What the manifest has of it: fields that say nothing are left out."""
+        return {k: list(v) if k == "shape" else v for k, v in asdict(self).items() if v is not None}
+
+
+@dataclass(frozen=True)
+class Program:
+    """A function (parameters, state, inputs) -> (results, state) of dicts of arrays; what it takes and gives."""
+
+    name: str
+    call: Callable[[Named, Named, Named], tuple[Named, Named]]
+    specs: tuple[Named, Named, Named]  # abstract arguments of `call`
+    inputs: tuple[Port, ...]  # every array of the arguments, in flat order
+    outputs: tuple[Port, ...]
+
+
+def programs(config: ModelConfig, leaves: Mapping[str, Leaf], options: Options) -> tuple[Program, Program]:
+    """(prefill, decode) of a model whose parameters are `leaves`, as `parameters.abstract` gives them.
+
+    options: as `settled` gives them. Nothing is traced for a device yet but the shapes of results."""
+    state = options.state(config)
+    initial = {name: _filled(name, x) for name, x in _named_state(state).items()}
+    like = jax.eval_shape(lambda: state)
+    return tuple(
+        _program(name, config, leaves, like, options, initial, T)
+        for name, T in (("prefill", options.chunk), ("decode", 1))
+    )
+
+
+def _filled(name: str, x: Array) -> int:
+    values = np.unique(np.asarray(x))
+    assert values.size == 1, f"{name} of an empty state is not of one value"
+    return int(values[0])
+
+
+def _program(name: str, config, leaves, like: State, options: Options, initial: dict[str, int], T: int) -> Program:
+    in_graph = options.sampler == "in-graph"
+
+    def call(params: Named, state: Named, inputs: Named) -> tuple[Named, Named]:
+        tree = assembled(leaves, params)
+        x, new, _ = layers.hidden(config, tree, inputs["tokens"], _with(like, state), n_new=inputs["n_new"])
+        newest = jnp.take_along_axis(x, jnp.maximum(inputs["n_new"] - 1, 0)[:, None, None], 1)[:, 0]
+        logits = layers.logits(config, tree, newest)
+        return drawn(logits, inputs) if in_graph else {"logits": logits}, _named_state(new)
+
+    table = INPUTS | SAMPLING if in_graph else INPUTS
+    sizes = {"B": options.batch, "T": T}
+    shaped = {
+        k: jax.ShapeDtypeStruct([sizes[axis] for axis in layout.split()], dtype)
+        for k, (dtype, layout, _) in table.items()
+    }
+    specs = (named(leaves), _named_state(like), shaped)
+    results, _ = jax.eval_shape(call, *specs)
+    state_ports = [_state_port(k, x, initial[k]) for k, x in _flat(specs[1])]
+    inputs = [_parameter(k, x, leaves) for k, x in _flat(specs[0])] + state_ports
+    inputs += [_port(k, x, "input", *table[k][1:]) for k, x in _flat(shaped)]
+    outputs = [_port(k, x, "result", *RESULTS[k]) for k, x in _flat(results)] + [
+        _port(p.name, specs[1][p.name], "state", p.layout, p.meaning) for p in state_ports
+    ]
+    return Program(name, call, specs, tuple(inputs), tuple(outputs))
+
+
+def drawn(logits: Array, inputs: Named) -> Named:
+    """{"token" i32 [B], "logprob" f32 [B]} of logits [B, V]: the draws of `jaxllm.decode.generate` with the key of
+    the same seed, for inputs as in SAMPLING."""
+    fold = jax.vmap(jax.random.fold_in)
+    keys = fold(jax.vmap(jax.random.key)(inputs["seed"]), inputs["step"])
+    steps = (
+        sampling.Temperature(inputs["temperature"]),
+        sampling.TopK(inputs["top_k"]),
+        sampling.TopP(inputs["top_p"]),
+        sampling.MinP(inputs["min_p"]),
+    )
+    token, _ = sampling.sample(sampling.Sampler(steps), logits, keys)
+    own = jax.nn.log_softmax(logits, -1)
+    return {"token": token, "logprob": jnp.take_along_axis(own, jnp.maximum(token, 0)[:, None], 1)[:, 0]}
+
+
+# ---- names ----------------------------------------------------------------------------------------------
+
+
+def _named_state(state: State) -> Named:
+    """Name -> array of a state: "layers.0.k", "length"."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {_dotted(path): leaf for path, leaf in leaves}
+
+
+def _with(like: State, arrays: Named) -> State:
+    leaves, structure = jax.tree_util.tree_flatten_with_path(like)
+    return jax.tree.unflatten(structure, [arrays[_dotted(path)] for path, _ in leaves])
+
+
+def _dotted(path: tuple) -> str:
+    return ".".join(str(getattr(key, "name", getattr(key, "idx", None))) for key in path)
+
+
+def _flat(arrays: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """As JAX flattens a dict."""
+    return sorted(arrays.items())
+
+
+def _port(name: str, x, role: str, layout: str, meaning: str, **more) -> Port:
+    return Port(name, role, tuple(x.shape), x.dtype.name, layout, meaning, **more)
+
+
+def _state_port(name: str, x, initial: int) -> Port:
+    return _port(name, x, "state", *STATE[name.split(".")[-1]], initial=initial, donated=True)
+
+
+def _parameter(name: str, x, leaves: Mapping[str, Leaf]) -> Port:
+    path, _, part = name.rpartition(".")
+    if isinstance(leaf := leaves.get(path), QTensor):
+        meaning = PARTS[part].format(format=leaf.format.name, bits=leaf.format.bits)
+        meaning = f"{path} {list(leaf.shape)}: {meaning}"
+        layout = "in" if part == "order" else _layout(len(x.shape)) if x.shape else ""
+        return _port(name, x, "parameter", layout, meaning)
+    kind = {"w": "weight", "b": "bias"}.get(part, part)
+    return _port(name, x, "parameter", _layout(len(x.shape)), f"{kind} of {re.sub(r'[.]', ' ', path) or name}")
+
+
+def _layout(axes: int) -> str:
+    return {1: "out", 2: "out in", 3: "expert out in"}.get(axes, " ".join(["axis"] * axes))

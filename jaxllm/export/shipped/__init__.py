@@ -1,0 +1,1 @@
+"""Programs that are copied into exported directories. They import nothing of jaxllm."""

@@ -1,0 +1,129 @@
+"""XLA's programs for one platform: jax.export's serialized functions, and portable StableHLO beside them.
+
+The functions carry JAX's promise (six months of newer versions). StableHLO is written in the version of twelve
+weeks ago, for consumers as old as that (github.com/openxla/stablehlo, docs/compatibility.md). Kernels of jaxllm's
+own are left out, so that nothing but XLA is needed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jaxlib
+import numpy as np
+from jax import export
+
+from jaxllm import ops
+from jaxllm.config import ModelConfig
+from jaxllm.export import shipped
+from jaxllm.export.options import Options
+from jaxllm.export.parameters import write
+from jaxllm.export.program import Program
+from jaxllm.export.target import Built, Formats, Job, Target, Values
+
+RUNNER = "run_stablehlo.py"
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+WINDOW = "WEEK_12"  # the versions of StableHLO of so many weeks read it
+
+
+def refuses(config: ModelConfig, values: Values, formats: Formats, options: Options) -> str | None:
+    """Nothing: XLA takes every model that JAX does."""
+    return None
+
+
+def build(job: Job) -> Built:
+    """Both programs, each as prefill.jax_export and prefill.stablehlo, and the loader."""
+    parameters = write(job.folder, job.model.params)
+    files = {program.name: _written(program, job) for program in job.programs}
+    shutil.copyfile(pathlib.Path(shipped.__file__).with_name(RUNNER), job.folder / RUNNER)
+    return Built(job.programs, files, tuple(parameters), versions())
+
+
+def versions() -> dict[str, str]:
+    """Of what writes the programs."""
+    return {
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "calling_convention": str(export.maximum_supported_calling_convention_version),
+        "stablehlo": _stablehlo_version(),
+    }
+
+
+def _written(program: Program, job: Job) -> dict[str, str]:
+    made = exported(program, job.options.platform)
+    names = {"jax_export": f"{program.name}.jax_export", "stablehlo": f"{program.name}.stablehlo"}
+    (job.folder / names["jax_export"]).write_bytes(made.serialize())
+    (job.folder / names["stablehlo"]).write_bytes(portable(made))
+    return names
+
+
+def exported(program: Program, platform: str) -> export.Exported:
+    """The program lowered for a platform, whether it is here or not; the state is donated."""
+    with ops.portable():
+        # Nothing unused is dropped: the arguments are those of the manifest.
+        function = jax.jit(program.call, donate_argnums=1, keep_unused=True)
+        return export.export(function, platforms=[platform])(*program.specs)
+
+
+def portable(made: export.Exported) -> bytes:
+    """Its StableHLO as bytecode of the version that WINDOW says."""
+    from jax.extend.mlir.dialects import stablehlo
+
+    return stablehlo.serialize_portable_artifact_str(made.mlir_module(), _stablehlo_version())
+
+
+def _stablehlo_version() -> str:
+    from jax.extend.mlir.dialects import stablehlo
+
+    window = getattr(stablehlo.StablehloCompatibilityRequirement, WINDOW)
+    return stablehlo.get_version_from_compatibility_requirement(window)
+
+
+class Runner:
+    """The loader that lies in the directory, as anybody would use it."""
+
+    def __init__(self, folder: pathlib.Path, manifest: Mapping[str, Any]):
+        name = "manifest.json" if "verification" in manifest else "manifest.unverified.json"
+        module = _imported(folder / RUNNER)
+        present = _present(manifest["target"]["platform"])
+        self._artifact = module.Artifact(folder, name, anywhere=not present)
+        self.how = "executed" if present else "simulated"
+        device = self._artifact.device
+        self.where = f"XLA on {device.platform} ({device.device_kind}), jax {jax.__version__}"
+        self.start = self._artifact.start
+
+    def step(self, program: str, state: Any, inputs: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], Any]:
+        """See `jaxllm.export.target.Runner`."""
+        results, state = self._artifact.step(program, state, inputs)
+        return {k: np.asarray(x) for k, x in results.items()}, state
+
+
+def _present(platform: str) -> bool:
+    try:
+        return bool(jax.devices(platform))
+    except RuntimeError:
+        return False
+
+
+def _imported(path: pathlib.Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+TARGET = Target(
+    name="stablehlo",
+    summary="XLA programs for a server with JAX, or whatever reads StableHLO",
+    platforms=PLATFORMS,
+    needs=("flatbuffers",),
+    extra="export-stablehlo",
+    refuses=refuses,
+    build=build,
+    run=Runner,
+)
