@@ -18,7 +18,7 @@ from tests import random_model
 
 PACKAGE = pathlib.Path(jaxllm.__file__).parent
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if "bundled" not in p.parts)
-MATHS = ("basics", "layers", "ops", "recurrent", "state")
+MATHS = ("basics", "layers", "ops", "recurrent", "softmax", "state")
 
 # What each part may import of the others. A new part gets a row; a new arrow is a decision.
 MAY_IMPORT = {
@@ -38,11 +38,12 @@ MAY_IMPORT = {
     "derivative": "",
     "native": "errors quant",
     "kernels": "errors files quant",
-    "ops": "config derivative errors kernels native partition quant",
+    "softmax": "quant",
+    "ops": "config derivative errors kernels native partition quant softmax",
     "state": "config errors files ops quant",
     "basics": "config ops",
     "recurrent": "basics config state taps",
-    "layers": "basics config errors ops recurrent state taps",
+    "layers": "basics config errors ops recurrent softmax state taps",
     "checkpoint": "arena config errors families files progress quant",
     "lora": "checkpoint errors families quant taps",
     "model": "arena checkpoint config errors families files progress quant tokenizer",
