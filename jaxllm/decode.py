@@ -315,7 +315,7 @@ def generate(
     happens beyond: "error" (before anything runs), "evict-oldest" (the first `sinks` and the newest stay), or
     "clear" (the row goes on from its newest token alone).
     prefix: tokens and state of an earlier single-row call, reused as far as the prompt begins with them.
-    steps: decoding steps in one device program (default 8; on CPU 4 of a small packed model, else 1).
+    steps: decoding steps in one device program (default 8; on CPU 4 of a small model, else 1).
     kv_format: "int8", "fp8" or "int4" keeps keys and values of past tokens in so many bits (see `init_state`).
     speculative: a `spec_decode.Speculative`, for fewer forwards of the model and the same distribution of tokens.
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxllm import ops
+from jaxllm import ops, softmax
 from jaxllm.basics import F32, activate, gated, linear, norm, rotate, turn
 from jaxllm.config import (
     MLA,
@@ -97,10 +97,10 @@ def _scoring(m: Attention, p: dict, cache: KV, step: Step) -> dict:
 def _attend(q: Array, k: Array, v: Array, mask: Array, tap: Recorder, **scoring) -> Array:
     if not tap.wants("mixer.scores"):
         return ops.attend(q, k, v, mask, **scoring)
-    weights = ops.attention_weights(q, k, mask, **scoring)  # [B, K, T, G, S]
+    weights = softmax.attention_weights(q, k, mask, **scoring)  # [B, K, T, G, S]
     B, K, T, G, S = weights.shape
     flat = tap("mixer.scores", weights.transpose(0, 1, 3, 2, 4).reshape(B, K * G, T, S))
-    y = ops.weighted_sum(flat.reshape(B, K, G, T, S).transpose(0, 1, 3, 2, 4), v)
+    y = softmax.weighted_sum(flat.reshape(B, K, G, T, S).transpose(0, 1, 3, 2, 4), v)
     return y.astype(q.dtype).transpose(0, 2, 1, 3, 4)
 
 
@@ -305,8 +305,9 @@ def _embed(config: ModelConfig, params: dict, tokens, step: Step, state: State, 
     if config.embed_scale != 1.0:
         x = x * jnp.asarray(config.embed_scale, x.dtype)
     if config.positions is not None:
-        row = jnp.maximum(step.pos, 0) + config.positions
-        x = x + params["positions"]["w"][row].astype(x.dtype)
+        w = params["positions"]["w"]
+        row = jnp.minimum(jnp.maximum(step.pos, 0) + config.positions, len(w) - 1)
+        x = x + ops.embed(w, row).astype(x.dtype)
     if config.embed_norm:
         x = norm(config.embed_norm, params["embed_norm"], x)
     # Padding sees nothing, so its zeros mostly stay zeros, which the native products skip.

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxllm import quant
+from jaxllm.arena import Arena
 from jaxllm.checkpoint import native, orbax
 from jaxllm.checkpoint.canonical import Values, assemble, flatten
 from jaxllm.checkpoint.source import Source, open_source
@@ -23,7 +23,7 @@ from jaxllm.errors import CheckpointError, ConfigError, MissingExtraError
 from jaxllm.families import model_config
 from jaxllm.files import read_object
 from jaxllm.progress import progress
-from jaxllm.quant import Format, QTensor
+from jaxllm.quant import Format
 from jaxllm.tokenizer import Tokenizer, load_tokenizer
 from jaxllm.tokenizer_gguf import from_metadata
 from jaxllm.tokenizer_llama2c import load_beside
@@ -109,13 +109,13 @@ def load(
     model = _without_params(source, _config(source, max_len, ignore))
     if source.saved is not None:
         return _restored(model, source.saved, dtype=dtype)
-    readers = source.readers()
+    readers, arena = source.readers(), Arena()
     with progress(f"loading {source.path.name}", len(readers)) as advance:
         params = assemble(
             readers,
             model.config,
             source.family,
-            place=lambda path, x: _place(x, dtype),
+            place=lambda path, x: arena.put(_of_dtype(x, dtype)),
             source=str(source.path),
             on_tensor=lambda name: advance(),
         )
@@ -264,14 +264,11 @@ def _config(source: Source, max_len, ignore) -> ModelConfig:
         raise ConfigError(f"{where}: {error}") from None
 
 
-def _place(x: Values, dtype: str | None) -> jax.Array | QTensor:
+def _of_dtype(x: Values, dtype: str | None) -> Values:
     # Vectors (norms, biases) stay as stored: they cost nothing and are used in f32.
     if dtype is not None and x.ndim >= 2:
-        x = x.astype(dtype)
-    elif x.dtype == np.float64:
-        x = x.astype(np.float32)
-    # On a CPU the array takes over x's memory where it is aligned. Waiting keeps one tensor in flight.
-    return jax.block_until_ready(jax.device_put(x))
+        return x.astype(dtype)
+    return x.astype(np.float32) if x.dtype == np.float64 else x
 
 
 def find(

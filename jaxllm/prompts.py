@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxllm import native
-from jaxllm.config import ModelConfig
+from jaxllm.config import ModelConfig, MoE
 from jaxllm.errors import ContextError, JaxllmError, TokenizerError
 from jaxllm.model import Model
 from jaxllm.quant import QTensor
@@ -30,12 +30,14 @@ def steps_together(model: Model, x: Array) -> int:
     """Decoding steps of one program on the device of x, unless somebody asks for another number.
 
     A round trip is a millisecond on a CPU, and steps behind the last token are wasted: short ones are joined.
-    Without the native kernels a loop would cost XLA's fast bf16 products, and before a loop it makes an embedding
-    of bf16 one of f32.
+    Without the native kernels a loop would cost XLA's fast bf16 products, and experts that are not packed would be
+    widened to f32 before it.
     """
     if next(iter(x.devices())).platform != "cpu":
         return 8
-    quick = native.unavailable() is None and isinstance(model.params["embed"]["w"], QTensor)
+    layers = zip(model.config.blocks, model.params["layers"], strict=True)
+    experts = [p["ffn"]["gate"]["w"] for block, p in layers if isinstance(block.ffn, MoE)]
+    quick = native.unavailable() is None and all(isinstance(w, QTensor) for w in experts)
     return 4 if quick and model.nbytes < SMALL_MODEL else 1
 
 

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import jax
 import ml_dtypes
 import numpy as np
 
+from jaxllm.arena import Arena, aligned
 from jaxllm.checkpoint.canonical import nest
 from jaxllm.config import ModelConfig, params_shape
 from jaxllm.model import Model
@@ -39,10 +39,10 @@ def random_model(
     formats = rules.assign(shapes) if rules else {}
     live = replace(config, dtype=(rules and rules.dtype) or config.dtype)
     drawn: dict[Any, np.ndarray | QTensor] = {}
-    params = {}
+    params, arena = {}, Arena()
     with progress("making weights", len(shapes)) as advance:
         for i, (path, shape) in enumerate(shapes.items()):
-            params[path] = jax.device_put(_leaf(path, shape, formats.get(path), config, live, drawn, i))
+            params[path] = arena.put(_leaf(path, shape, formats.get(path), config, live, drawn, i))
             advance()
     return Model(live, nest(params), name=name, values=values or {})
 
@@ -72,7 +72,7 @@ def _draw(columns: int, kind: Format | str) -> np.ndarray | QTensor:
 
 def _repeat(rows: np.ndarray, shape: tuple[int, ...], turn: int) -> np.ndarray:
     """An array of `shape` [.., N, X] with the rows [ROWS, X] again and again, from row `turn` on."""
-    out = np.empty((int(np.prod(shape[:-1])), *shape[-1:]), rows.dtype)
+    out = aligned(int(np.prod(shape)) * rows.itemsize).view(rows.dtype).reshape(-1, shape[-1])
     rows = np.roll(rows, turn, axis=0)
     for start in range(0, len(out), ROWS):
         part = out[start : start + ROWS]

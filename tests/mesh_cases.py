@@ -295,6 +295,17 @@ def test_gated():
         assert sent(f.lower(*cut).compile()) == []
 
 
+@pytest.mark.parametrize("axes", [("model",), (None, "model"), (("data", "model"),), ("data", "model")])
+def test_rows_of_an_embedding(axes):
+    over, w, tokens = mesh(2, 2), normal(64, 32, dtype=BF16), jnp.asarray([[3, 63, 0], [16, 64, -1]])
+    f = jax.jit(ops.embed)
+    want = np.asarray(f(w, tokens), np.float32)
+    assert np.isnan(want).any(-1).tolist() == [[False] * 3, [False, True, True]]
+    for cut in ((put(w, over, *axes), tokens), (put(w, over, *axes), put(tokens, over, "data"))):
+        np.testing.assert_array_equal(np.asarray(f(*cut), np.float32), want)
+        assert moved(f.lower(*cut).compile()) < w.nbytes / 4
+
+
 @pytest.mark.parametrize("form", [None, "q4f16_1", "nf4"])
 @pytest.mark.parametrize("rows", [5, 70])
 def test_experts(form, rows):

@@ -18,12 +18,13 @@ from tests import random_model
 
 PACKAGE = pathlib.Path(jaxllm.__file__).parent
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if "bundled" not in p.parts)
-MATHS = ("basics", "layers", "ops", "recurrent", "state")
+MATHS = ("basics", "layers", "ops", "recurrent", "softmax", "state")
 
 # What each part may import of the others. A new part gets a row; a new arrow is a decision.
 MAY_IMPORT = {
     "errors": "",
     "files": "",
+    "arena": "",
     "progress": "",
     "programs": "",
     "peers": "errors",
@@ -32,19 +33,20 @@ MAY_IMPORT = {
     "taps": "errors",
     "sampling": "errors",
     "tokenizer": "errors",
-    "quant": "config errors files taps",
+    "quant": "arena config errors files taps",
     "partition": "",
     "derivative": "",
     "native": "errors quant",
     "kernels": "errors files quant",
-    "ops": "config derivative errors kernels native partition quant",
+    "softmax": "quant",
+    "ops": "config derivative errors kernels native partition quant softmax",
     "state": "config errors files ops quant",
     "basics": "config ops",
     "recurrent": "basics config state taps",
-    "layers": "basics config errors ops recurrent state taps",
-    "checkpoint": "config errors families files progress quant",
+    "layers": "basics config errors ops recurrent softmax state taps",
+    "checkpoint": "arena config errors families files progress quant",
     "lora": "checkpoint errors families quant taps",
-    "model": "checkpoint config errors families files progress quant tokenizer",
+    "model": "arena checkpoint config errors families files progress quant tokenizer",
     "generation": "state",
     "stopping": "errors generation tokenizer",
     "prompts": "config errors model native quant state",
@@ -61,12 +63,12 @@ MAY_IMPORT = {
     "lm_eval": "decode errors model sampling scoring",
     "plan": "config decode errors model native ops quant state",
     "shapes": "config errors families",
-    "random_weights": "checkpoint config model progress quant",
+    "random_weights": "arena checkpoint config model progress quant",
     "startup": "decode errors jaxllm programs",
     "bench": "checkpoint config decode errors model native ops prompts quant startup state",
-    "export": "checkpoint config decode errors files jaxllm layers model ops progress prompts quant sampling state"
-    " tokenizer",
-    "calibration": "checkpoint config errors layers model progress prompts quant state taps",
+    "export": "checkpoint config decode errors files jaxllm layers model ops progress prompts quant sampling"
+    " state tokenizer",
+    "calibration": "arena checkpoint config errors layers model progress prompts quant state taps",
     "jaxllm": "config layers model quant state taps",
 }
 ANYTHING = {"commands", "cli", "__main__"}  # and nothing below imports them

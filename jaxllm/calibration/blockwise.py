@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import jax
 import numpy as np
 
+from jaxllm.arena import Arena
 from jaxllm.calibration import awq, smooth
 from jaxllm.calibration.clip import clipped
 from jaxllm.calibration.fold import Block, fold, get, put
@@ -216,4 +217,5 @@ def _stored(new: dict, old: dict, formats: dict[str, Format | None], dtype: str 
             return was if np.array_equal(np.asarray(was, np.float32), x) else x
         return converted(np.asarray(x).astype(was.dtype), formats.get(path), dtype)
 
-    return nest({path: jax.device_put(one(path, x)) for path, x in flatten(new).items()})
+    arena = Arena()
+    return nest({path: arena.put(one(path, x)) for path, x in flatten(new).items()})

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from jaxllm.arena import aligned
 from jaxllm.errors import CheckpointError
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -189,7 +190,7 @@ def read_bytes(path: pathlib.Path, start: int, size: int, *, name: str) -> np.nd
     """u8 [size] from byte `start` of a file, in memory that JAX on a CPU can take over without a copy.
 
     Raises CheckpointError, with the tensor's name, where the file cannot be read or is too short."""
-    data = _aligned(size)
+    data = aligned(size)
     try:
         with path.open("rb", buffering=0) as file:
             file.seek(start)
@@ -201,13 +202,6 @@ def read_bytes(path: pathlib.Path, start: int, size: int, *, name: str) -> np.nd
     if got < size:
         raise CheckpointError(f"{path}: {name} has only {got} of its {size} bytes left; download the file again")
     return data
-
-
-def _aligned(size: int, to: int = 64) -> np.ndarray:
-    """u8 [size] whose address is a multiple of `to`."""
-    data = np.empty(size + to, np.uint8)
-    start = -data.ctypes.data % to
-    return data[start : start + size]
 
 
 def _indexed(folder: pathlib.Path, index: pathlib.Path) -> Readers:

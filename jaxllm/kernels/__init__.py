@@ -140,7 +140,7 @@ def attend(
     """By platform, softmax attention of q [B, T, K, G, h] over k, v [B, K, S, h], where a kernel takes them.
 
     A function of q, k and v (packed or not), mask bool [B, T, S], sinks [K, G] as in
-    `jaxllm.ops.attention_weights`, and of a bias and its slopes, which are None: no kernel has them.
+    `jaxllm.softmax.attention_weights`, and of a bias and its slopes, which are None: no kernel has them.
     """
     if bias is not None:
         return {}

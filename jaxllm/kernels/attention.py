@@ -57,7 +57,7 @@ def attend(
 ) -> Array:
     """Softmax attention of q [B, T, K, G, h] over k, v [B, K, S, h] where mask bool [B, T, S] -> as q.
 
-    sinks [K, G] as in `jaxllm.ops.attention_weights`. A query that sees nothing gets zeros.
+    sinks [K, G] as in `jaxllm.softmax.attention_weights`. A query that sees nothing gets zeros.
     """
     B, T, K, G, h = q.shape
     tiles = tiles or chosen("attend", platform, f"{q.dtype.name} h{h} S{k.shape[2]}", T * G)

@@ -25,9 +25,9 @@ Array = jax.Array
 
 LEVELS = ("portable", "avx2", "avx512", "amx")  # as in cpu.h
 LIBRARY = pathlib.Path(os.environ.get("JAXLLM_NATIVE_LIBRARY") or pathlib.Path(__file__).with_name("_kernels.so"))
-INTERFACE = 6  # as in ffi.cc: what Python and the library agree on
+INTERFACE = 7  # as in ffi.cc: what Python and the library agree on
 CALLS = ("matmul", "gated", "packed", "packed_gated", "float8", "float8_gated")
-CALLS += ("attend", "put", "norm", "keep", "read")
+CALLS += ("attend", "put", "norm", "rows", "keep", "read")
 CALLS = tuple(f"jaxllm_{name}" for name in CALLS)  # what the library gives to XLA
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 ACTIVATIONS = ("silu", "gelu_tanh")  # as in matmul.h
@@ -164,7 +164,7 @@ def attend(
     """Softmax attention of q [B, T, K, G, h] over k [B, K, S, h], v [B, K, S, j] where mask bool [B, T, S] sees.
 
     Gives [B, T, K, G, j] in q's dtype, zeros for a query that sees nothing. sinks f32 [K, G], bias f32
-    [B, K, T, G, S] (any axis may be 1) and slopes f32 [K, G] as in `jaxllm.ops.attention_weights`.
+    [B, K, T, G, S] (any axis may be 1) and slopes f32 [K, G] as in `jaxllm.softmax.attention_weights`.
 
     held: one of HELD; where it is not None, k and v are the codes and `scales` their scales as in
     `jaxllm.quant.cache.CacheCodes`. They give the bits of values expanded to q's dtype first.
@@ -194,6 +194,20 @@ def put(cache: Array, x: Array, slot: Array) -> Array:
     shape = jax.ShapeDtypeStruct(cache.shape, cache.dtype)
     call = jax.ffi.ffi_call("jaxllm_put", shape, vmap_method="sequential", input_output_aliases={0: 0})
     return call(cache, x, slot)
+
+
+def refuses_rows(w: Array) -> str | None:
+    """Why `rows` does not take a matrix w; None where it does."""
+    if w.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it is for floats of 16 bits, which XLA would widen first, not {w.dtype}"
+    return unavailable()
+
+
+def rows(w: Array, number: Array) -> Array:
+    """Rows `number` i32 [n, 1] of w [v, d] -> [n, d] as they are; NaNs for a row that w does not have."""
+    _library()
+    shape = jax.ShapeDtypeStruct((len(number), w.shape[1]), w.dtype)
+    return jax.ffi.ffi_call("jaxllm_rows", shape, vmap_method="expand_dims")(w, number)
 
 
 def keep(x: Array) -> Array:

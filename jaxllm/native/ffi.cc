@@ -184,6 +184,31 @@ ffi::Error put_call(ffi::AnyBuffer cache, ffi::AnyBuffer x, ffi::Buffer<ffi::S32
   return ffi::Error::Success();
 }
 
+// Rows of w [..., v, d] by their numbers [..., n, 1]; of one that w does not have, every number is a NaN.
+ffi::Error rows_call(ffi::AnyBuffer w, ffi::Buffer<ffi::S32> number, ffi::Result<ffi::AnyBuffer> y) {
+  const auto ws = w.dimensions(), ns = number.dimensions(), ys = y->dimensions();
+  if (ws.size() < 2 || ns.size() != ws.size() || ys.size() != ws.size() || ws.size() > Batch::kMostAxes)
+    return wrong("rows takes w [..., v, d], numbers [..., n, 1] and y [..., n, d] with equally many axes");
+  const size_t last = ws.size() - 1;
+  const int64_t v = ws[last - 1], d = ws[last], n = ns[last - 1];
+  if (ns[last] != 1 || ys[last - 1] != n || ys[last] != d) return wrong("rows's shapes do not fit");
+  if (!known(w) || y->element_type() != w.element_type()) return wrong("rows is for f32, bf16 and f16");
+  const Batch wb(ws, ys), nb(ns, ys), yb(ys, ys);
+  const size_t row = static_cast<size_t>(d * bytes(type(w)));
+  const auto* from = static_cast<const char*>(w.untyped_data());
+  auto* to = static_cast<char*>(y->untyped_data());
+  for (int64_t i = 0; i < yb.size(); ++i)
+    for (int64_t j = 0; j < n; ++j, to += row) {
+      const int64_t at = number.typed_data()[nb.index(i) * n + j];
+      // Ones in all bits are a NaN of each of these types.
+      if (at < 0 || at >= v)
+        std::memset(to, 0xff, row);
+      else
+        std::memcpy(to, from + static_cast<size_t>(wb.index(i) * v + at) * row, row);
+    }
+  return ffi::Error::Success();
+}
+
 // The values as they are, in memory of their own: XLA joins nothing across a call.
 ffi::Error keep_call(ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> y) {
   if (y->size_bytes() != x.size_bytes()) return wrong("keep gives an array of the size it takes");
@@ -242,6 +267,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxllm_put, jaxllm::put_call,
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .Ret<xla::ffi::AnyBuffer>());
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxllm_rows, jaxllm::rows_call,
+                              xla::ffi::Ffi::Bind()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                                  .Ret<xla::ffi::AnyBuffer>());
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxllm_keep, jaxllm::keep_call,
                               xla::ffi::Ffi::Bind().Arg<xla::ffi::AnyBuffer>().Ret<xla::ffi::AnyBuffer>());
 
@@ -249,6 +280,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxllm_keep, jaxllm::keep_call,
 extern "C" int jaxllm_best_level() { return static_cast<int>(jaxllm::best_level()); }
 
 // What Python and this library agree on; to be raised with every change of a function's arguments.
-extern "C" int jaxllm_interface() { return 6; }
+extern "C" int jaxllm_interface() { return 7; }
 
 #pragma GCC visibility pop

@@ -13,6 +13,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from jaxllm.arena import Arena
 from jaxllm.config import ModelConfig, params_shape
 from jaxllm.errors import ConfigError
 from jaxllm.files import read_object
@@ -191,12 +192,13 @@ def quantize(params: dict, recipe: Recipe, *, on_tensor: Callable[[str], None] |
     adapt. Raises ConfigError for a rule that decides about no weight, and as `encode` does.
     """
     formats = recipe.assign({path: tuple(leaf.shape) for path, leaf in _leaves(params)})
+    arena = Arena()
 
     def one(keys, leaf):
         path = _path(keys)
         if isinstance(leaf, LoRA):
             return replace(leaf, w=one(keys, leaf.w))
-        made = jax.device_put(converted(leaf, formats.get(path), recipe.dtype))
+        made = arena.put(converted(leaf, formats.get(path), recipe.dtype))
         if on_tensor:
             on_tensor(path)
         return made
