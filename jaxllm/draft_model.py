@@ -8,19 +8,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxllm import draft_grow
-from jaxllm.decode import Plan, prefill
+from jaxllm.decode import Plan
 from jaxllm.draft_grow import Choice
 from jaxllm.errors import ContextError, JaxllmError, TokenizerError
 from jaxllm.model import Model
 from jaxllm.prompts import new_state
+from jaxllm.reading import Read, prefill
 from jaxllm.sampling import Sampler
-from jaxllm.spec_decode import Asked
+from jaxllm.spec_decode import Asked, Verified
 from jaxllm.spec_verify import Draft
 from jaxllm.state import Recurrent, State, keep_path, select_rows
 
@@ -40,6 +42,8 @@ class DraftModel:
     model: Model
     widths: tuple[int, ...] = (1,) * 6
     choice: Choice = "draw"
+    features: ClassVar[tuple[str, ...]] = ()
+    whole_prompt: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not self.widths or min(self.widths) < 1:
@@ -60,7 +64,7 @@ class DraftModel:
         deepest = len(self.widths)
         return tuple(range(1, deepest + 1)) if self.chain else (deepest,)
 
-    def init(self, target: Model, plan: Plan) -> Memory:
+    def init(self, target: Model, plan: Plan, found: Read) -> Memory:
         """The prompts, read by the draft model.
 
         Raises TokenizerError for another vocabulary, ContextError where its context is too short, JaxllmError for
@@ -121,10 +125,10 @@ class DraftModel:
             line[: len(row)] = row
         return state, tokens, np.array([len(row) for row in lacking], np.int32)
 
-    def accept(self, memory: Memory, path: Array, kept: np.ndarray) -> Memory:
+    def accept(self, memory: Memory, seen: Verified) -> Memory:
         """Remember which drafts were kept; those on the last depth were never fed."""
-        kept = np.clip(kept, 0, memory.fed)
-        return dataclasses.replace(memory, path=None if self.chain else path[:, 1:] - 1, kept=kept)
+        kept = np.clip(seen.kept, 0, memory.fed)
+        return dataclasses.replace(memory, path=None if self.chain else seen.path[:, 1:] - 1, kept=kept)
 
 
 CHUNK = 64  # tokens that the draft model reads at once
