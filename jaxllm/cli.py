@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from jaxllm import __version__
-from jaxllm.commands import bench, chat, compare, generate, info, logits, quantize, score, tune, warm
+from jaxllm.commands import bench, chat, compare, generate, info, logits, quantize, score, train_heads, tune, warm
 from jaxllm.commands.common import formatter
 from jaxllm.errors import JaxllmError
 from jaxllm.programs import keep_programs
@@ -28,6 +28,7 @@ COMMANDS = {
     "bench": bench,
     "warm": warm,
     "tune": tune,
+    "train-heads": train_heads,
 }
 
 
