@@ -52,7 +52,10 @@ def parser() -> argparse.ArgumentParser:
             description=module.DESCRIPTION,
             formatter_class=formatter,
             allow_abbrev=False,
+            add_help=False,
         )
+        # Whoever reads this line in the help has found it.
+        command.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
         module.arguments(command)
         command.set_defaults(run=module.run, fail=command.error)
     return top
