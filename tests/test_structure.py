@@ -56,6 +56,8 @@ MAY_IMPORT = {
     "draft_ngram": "decode errors model spec_decode spec_verify",
     "draft_grow": "config layers sampling spec_verify state",
     "draft_model": "decode draft_grow errors model prompts sampling spec_decode spec_verify state",
+    "feature_head": "basics config layers state",
+    "head_files": "checkpoint config errors families feature_head files model",
     "beam": "config decode errors generation layers model prompts sampling state",
     "comparison": "config errors layers model progress prompts state taps",
     "lm_eval": "decode errors model sampling scoring",
