@@ -54,7 +54,7 @@ MAY_IMPORT = {
     "spec_length": "",
     "spec_decode": "config decode errors generation layers model sampling spec_length spec_verify state",
     "draft_ngram": "decode errors model spec_decode spec_verify",
-    "draft_grow": "config layers sampling spec_verify state",
+    "draft_grow": "config errors layers sampling spec_verify state",
     "draft_model": "decode draft_grow errors model prompts sampling spec_decode spec_verify state",
     "feature_head": "basics config layers state",
     "head_files": "checkpoint config errors families feature_head files model",
