@@ -37,7 +37,7 @@ class Speaker(Protocol):
     """What says which token may come next. It is part of a program, so it can be hashed."""
 
     def take(self, params: dict, features: Array | None) -> Array | None:
-        """What the target left behind the tokens before, as `read` takes it: [B, T, D]; None where it needs none."""
+        """The target's features [B, T, W] as `read` takes them: [B, T, D]; None where it needs none."""
 
     def read(
         self, params: dict, tokens: Array, before: Array | None, state: State, **how: Array | None
@@ -96,7 +96,7 @@ Shape = tuple[int, ...] | Grown  # children of each node at each depth; all 1 is
 
 
 def check_shape(shape: Shape, choice: Choice) -> None:
-    """Raise JaxllmError for widths that are none, for an unknown choice, and for one that the shape cannot have."""
+    """Raise JaxllmError for widths that are none, an unknown choice, and one that the shape cannot have."""
     if choice not in ("draw", "couple", "top"):
         raise JaxllmError(f"choice is 'draw', 'couple' or 'top', got {choice!r}")
     if isinstance(shape, Grown):
@@ -149,8 +149,8 @@ def draft(
     vocab: int,
     shape: Shape,
 ) -> tuple[Draft, State]:
-    """Feed tokens i32 [B, T] (n_new i32 [B] of them real) and the target's features [B, T, W] of those before them,
-    then draft a tree of this shape. Of a chain `length` i32 [] tokens are drafted; another tree is drafted whole."""
+    """Feed tokens i32 [B, T], n_new i32 [B] of them real, and the target's features [B, T, W] of those before
+    them; then draft a tree of this shape: `length` i32 [] tokens of a chain, any other tree whole."""
     x, state = newest(speaker, params, state, tokens, features, n_new)
     choose = from_keys(sampler, choice, vocab, place)
     if is_chain(shape):
@@ -337,7 +337,7 @@ def grow_by_confidence(
     context: Context | None,
     shape: Grown,
 ) -> tuple[Draft, State]:
-    """A tree as `Grown` says, behind the token with hidden vector x [B, 1, D]; only nodes with children are fed."""
+    """A tree as `Grown` says, behind the token with hidden vector x [B, 1, D]; nodes with children are fed."""
     B, held, k = x.shape[0], state.length, shape.breadth
     root = jnp.zeros((B, 1), jnp.int32)
     fed, every = Tree(root, root - 1, 0), Candidates(root[:, :0], root[:, :0], jnp.zeros((B, 0)))

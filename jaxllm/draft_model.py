@@ -8,19 +8,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxllm import draft_grow
-from jaxllm.decode import Plan, prefill
+from jaxllm.decode import Plan
 from jaxllm.draft_grow import Alone, Choice, Grown, Shape
 from jaxllm.errors import ContextError, JaxllmError, TokenizerError
 from jaxllm.model import Model
 from jaxllm.prompts import new_state
+from jaxllm.reading import Read, prefill
 from jaxllm.sampling import Sampler
-from jaxllm.spec_decode import Asked
+from jaxllm.spec_decode import Asked, Verified
 from jaxllm.spec_verify import Draft
 from jaxllm.state import Recurrent, State, keep_path, select_rows
 
@@ -31,15 +33,18 @@ Array = jax.Array
 class DraftModel:
     """A model that is cheaper than the target and says much the same: a chain, or a tree.
 
-    widths: children of each node at each depth, all 1 for a chain; or `Grown`, by confidence. choice, where the sampler is not greedy: "draw"
-    from the draft's processed distribution, siblings without replacement, to be weighed by it; "couple": draw with
-    the very noise that the target draws with, so that the two often agree and tokens are those of plain decoding
-    with the same keys (arXiv 2408.07978); "top": take the most probable, with which tokens are those, too.
+    widths: children of each node at each depth, all 1 for a chain; or `Grown`, by confidence. choice, where the
+    sampler is not greedy: "draw" from the draft's processed distribution, siblings without replacement, to be
+    weighed by it; "couple": draw with the very noise that the target draws with, so that the two often agree and
+    tokens are those of plain decoding with the same keys (arXiv 2408.07978); "top": take the most probable, with
+    which tokens are those, too.
     """
 
     model: Model
     widths: Shape = (1,) * 6
     choice: Choice = "draw"
+    features: ClassVar[tuple[str, ...]] = ()
+    whole_prompt: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         draft_grow.check_shape(self.widths, self.choice)
@@ -64,7 +69,7 @@ class DraftModel:
         Of a tree grown by confidence all are read again: which ones were fed is not known any more."""
         return 1 + self.widths.depth if isinstance(self.widths, Grown) else 2
 
-    def init(self, target: Model, plan: Plan) -> Memory:
+    def init(self, target: Model, plan: Plan, found: Read) -> Memory:
         """The prompts, read by the draft model.
 
         Raises TokenizerError for another vocabulary, ContextError where its context is too short, JaxllmError for
@@ -130,10 +135,10 @@ class DraftModel:
             line[: len(row)] = row
         return state, tokens, np.array([len(row) for row in lacking], np.int32)
 
-    def accept(self, memory: Memory, path: Array, kept: np.ndarray) -> Memory:
+    def accept(self, memory: Memory, seen: Verified) -> Memory:
         """Remember which drafts were kept; those on the last depth were never fed."""
-        kept = np.clip(kept, 0, memory.fed)
-        return dataclasses.replace(memory, path=None if self.chain else path[:, 1:] - 1, kept=kept)
+        kept = np.clip(seen.kept, 0, memory.fed)
+        return dataclasses.replace(memory, path=None if self.chain else seen.path[:, 1:] - 1, kept=kept)
 
 
 CHUNK = 64  # tokens that the draft model reads at once
