@@ -26,9 +26,9 @@ DESCRIPTION = (
     "Train draft heads, or a small draft model, by what MODEL says of a text. Called again, it goes on where it "
     "was interrupted. Needs jaxllm[train]."
 )
-KINDS = ("medusa", "draft")
+KINDS = ("medusa", "eagle", "draft")
 # What each kind alone takes, and what it takes without.
-OPTIONS = {"medusa": {"heads": 4, "layers": 1}, "draft": {"layers": 2, "width": 128}}
+OPTIONS = {"medusa": {"heads": 4, "layers": 1}, "eagle": {}, "draft": {"layers": 2, "width": 128}}
 LENGTH = 256  # tokens of a window
 EVERY = 50  # steps between two lines, where there is no terminal
 
@@ -56,7 +56,8 @@ def run(args: argparse.Namespace) -> None:
     from jaxllm import heads
 
     heads.libraries()
-    kind, model = make(args), load(None if args.model == "bundled" else args.model)
+    model = load(None if args.model == "bundled" else args.model)
+    kind = make(args, model)
     length = min(LENGTH, model.config.max_len)
     settings = heads.Settings(args.steps, args.batch, length, args.rate, args.own, args.seed)
     tokens, held = texts(model, args, length)
@@ -75,7 +76,7 @@ def _check(args: argparse.Namespace) -> None:
         args.fail(f"--{idle[0]} is not for --kind {args.kind}")
 
 
-def make(args: argparse.Namespace) -> Kind:
+def make(args: argparse.Namespace, target: Model) -> Kind:
     """What the arguments ask to train."""
     usual = OPTIONS[args.kind]
     chosen = {name: v if (v := getattr(args, name)) is not None else usual[name] for name in usual}
@@ -83,6 +84,10 @@ def make(args: argparse.Namespace) -> Kind:
         from jaxllm.heads_medusa import MedusaHeads
 
         return MedusaHeads(own=args.projections, **chosen)
+    if args.kind == "eagle":
+        from jaxllm.heads_eagle import eagle_head
+
+        return eagle_head(target)
     from jaxllm.heads_draft import SmallModel
 
     return SmallModel(**chosen)
