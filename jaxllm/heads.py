@@ -173,7 +173,8 @@ def begin(kind: Kind, target: Model, settings: Settings) -> tuple[Any, Any]:
 
     class Module(nnx.Module):
         def __init__(self, leaves: Leaves):
-            self.leaves = nnx.Dict({path: nnx.Param(x) for path, x in leaves.items()})
+            # Copies, for they are donated: a start may be the target's own array.
+            self.leaves = nnx.Dict({path: nnx.Param(jnp.array(x)) for path, x in leaves.items()})
 
     warm = max(1, settings.steps // 20)
     rate = optax.warmup_cosine_decay_schedule(0.0, settings.rate, warm, max(settings.steps, warm + 1))
