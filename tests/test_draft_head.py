@@ -92,7 +92,7 @@ def agree(target: Model, drafter, rows=ROWS, same=None, **options):
 
 
 def test_sampled(target):
-    """The most probable nodes, other samplers in each row: tokens are those of plain decoding with the same keys."""
+    """The most probable nodes, a sampler for each row: tokens are those of plain decoding with the same keys."""
     mixed = sampling.merge([sampling.GREEDY, WARM, sampling.sampler(temperature=0.6, top_k=5)])
     agree(target, DraftHead(head_of(target), LOW), sampler=mixed, key=jax.random.key(2))
 
