@@ -80,8 +80,8 @@ class Grown:
     """
 
     depth: int = 5
-    breadth: int = 8
-    drafts: int = 31
+    breadth: int = 4
+    drafts: int = 15
 
     def __post_init__(self) -> None:
         most = self.breadth + (self.depth - 1) * self.breadth**2
