@@ -80,8 +80,8 @@ class Grown:
     """
 
     depth: int = 5
-    breadth: int = 8
-    drafts: int = 31
+    breadth: int = 4
+    drafts: int = 15
 
     def __post_init__(self) -> None:
         most = self.breadth + (self.depth - 1) * self.breadth**2
@@ -188,7 +188,12 @@ class Chooser:
         logits [B, n, V'] of the draft, contexts [B, n, ...]; -1 where no token is left."""
         logprobs = self.logprobs(logits, contexts, depth)
         token = children(logprobs, self.noise(nodes, depth), width)
-        return token, left_for(logprobs, token) if self.drawn else None
+        if not self.drawn:
+            return token, None
+        q = left_for(logprobs, token)
+        chance = jnp.take_along_axis(q, jnp.maximum(token, 0)[..., None], -1)[..., 0]
+        # What is too improbable for an f32 was not drawn: weighed by nothing it would be kept too often.
+        return jnp.where(chance > 0, token, -1), q
 
     def logprobs(self, logits: Array, contexts: Context | None, depth: Array) -> Array:
         """The processed distribution behind nodes at `depth` i32 [n]: f32 [B, n, V]."""

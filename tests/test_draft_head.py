@@ -1,19 +1,24 @@
 """Drafts of heads: tokens stay those of plain decoding, and a head's cache that of the tokens alone."""
 
 import dataclasses
+import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm import decode, layers, sampling
+import jaxllm
+from jaxllm import cli, decode, layers, sampling
 from jaxllm.checkpoint.canonical import nest
 from jaxllm.draft_grow import Candidates, Grown
 from jaxllm.draft_head import DraftHead
 from jaxllm.draft_model import DraftModel
 from jaxllm.errors import JaxllmError
+from jaxllm.families import family
 from jaxllm.feature_head import Head, HeadConfig, empty, head_shape
+from jaxllm.head_files import describe_eagle, eagle_values, load_eagle, nested, save_eagle
 from jaxllm.model import Model
 from jaxllm.spec_decode import Speculative
 from jaxllm.spec_length import Pace
@@ -92,7 +97,7 @@ def agree(target: Model, drafter, rows=ROWS, same=None, **options):
 
 
 def test_sampled(target):
-    """The most probable nodes, other samplers in each row: tokens are those of plain decoding with the same keys."""
+    """The most probable nodes, a sampler for each row: tokens are those of plain decoding with the same keys."""
     mixed = sampling.merge([sampling.GREEDY, WARM, sampling.sampler(temperature=0.6, top_k=5)])
     agree(target, DraftHead(head_of(target), LOW), sampler=mixed, key=jax.random.key(2))
 
@@ -189,6 +194,46 @@ def text_of(target: Model, drafter: DraftHead, lines: np.ndarray):
     before = head.config.take(head.params, kept[:, :-1])
     B, T = before.shape[:2]
     return head.config.read(head.params, lines[:, 1:], before, empty(head.config, B, T))[1].layers[0]
+
+
+# ---- the bundled target ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def random_head(tmp_path_factory) -> tuple[Model, pathlib.Path]:
+    """The bundled target and the folder of a head that has learned nothing."""
+    target, folder = jaxllm.load(), tmp_path_factory.mktemp("heads") / "eagle"
+    values = eagle_values(target)
+    config = describe_eagle(values, family("llama"), ("model.fc.weight",), target.config)
+    rng, leaves = np.random.default_rng(0), {}
+    for path, shape in head_shape(config).items():
+        if path not in ("embed.w", "head.w"):
+            x = rng.standard_normal(shape) * shape[-1] ** -0.5 if len(shape) > 1 else np.ones(shape)
+            leaves[path] = jnp.asarray(x, target.config.dtype)
+    save_eagle(Head(config, nested(config, target, leaves)), values, folder)
+    return target, folder
+
+
+@pytest.mark.parametrize(("batch", "shape"), [(1, Grown()), (8, (1, 1, 1))], ids=str)
+def test_greedy_on_the_bundled_target(built, random_head, batch, shape):
+    target, folder = random_head
+    ids = target.tokenizer.encode(pathlib.Path(json.decoder.__file__).read_text())
+    rows = [ids[40 * i : 40 * i + 9 + 3 * i] for i in range(batch)]
+    drafter = DraftHead(load_eagle(folder, target), shape)
+    agree(target, drafter, rows, max_new_tokens=24, max_len=96)
+
+
+def test_the_command(random_head, capsys):
+    """--eagle FOLDER says what is said without, for the same seed; --mtp needs a checkpoint with a predictor."""
+    words = ["generate", "def add(", "--max-new-tokens", "12", "--json", "--temperature", "0.7", "--seed", "3"]
+    said = []
+    for more in ([], ["--eagle", str(random_head[1])]):
+        assert cli.main([*words, *more]) == 0
+        said.append(json.loads(capsys.readouterr().out))
+    assert said[0]["tokens"] == said[1]["tokens"]
+    assert said[1]["speculation"]["verifications"] > 0
+    assert cli.main([*words, "--mtp"]) != 0
+    assert "has no layer that predicts further tokens" in capsys.readouterr().err
 
 
 # ---- trees grown by confidence --------------------------------------------------------------------------

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 import jaxllm
-from jaxllm import layers
+from jaxllm import decode, layers
+from jaxllm.draft_head import DraftHead
 from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.feature_head import empty, forward, head_shape
 from jaxllm.head_files import (
@@ -23,6 +24,7 @@ from jaxllm.head_files import (
     save_eagle,
 )
 from jaxllm.model import Model
+from jaxllm.spec_decode import Speculative
 from jaxllm.taps import Taps
 from tests import random_model
 from tests.tiny import build, common, save
@@ -365,6 +367,10 @@ def test_a_predictor_like_mimos(tmp_path):
     got, said = forward(head.config, head.params, TOKENS, h.numpy())
     close(got, x)
     close(said, (x @ theirs.lm_head.weight.T).detach())
+    options = dict(max_new_tokens=9, eos=())
+    drafter = DraftHead(head, (1, 1), "couple")
+    guessed = decode.generate(target, TOKENS.tolist(), **options, speculative=Speculative(drafter, 2))
+    assert [c.tokens for c in guessed] == [c.tokens for c in decode.generate(target, TOKENS.tolist(), **options)]
 
 
 def test_a_predictor_like_qwens(tmp_path):

@@ -163,7 +163,7 @@ def followed(blocks: Blocks, tree: Tree, p: np.ndarray) -> None:
     P, N, V = p.shape
     drawn = np.array(list(itertools.product(range(V), repeat=N)))
     each = np.prod([p[:, n, drawn[:, n]] for n in range(N)], 0, dtype=np.float64)  # [P, R]
-    many = Tree(jnp.repeat(tree.tokens, len(drawn), 0), tree.parent, tree.deepest)
+    many = Tree(*(jnp.repeat(a, len(drawn), 0) for a in (tree.tokens, tree.parents)), tree.deepest)
     drawn = np.tile(drawn, (P, 1))
     at = np.asarray(_follow(many, jnp.asarray(drawn)))
     blocks.add(many, at, np.eye(V)[drawn[np.arange(len(at)), at]], each.reshape(-1))

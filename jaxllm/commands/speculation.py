@@ -35,9 +35,10 @@ class Guess(argparse.Action):
 def arguments(parser: argparse.ArgumentParser) -> None:
     """What guesses ahead, one at most."""
     add = partial(parser.add_argument, dest="guess", action=Guess, default=None)
-    add("--draft", "--medusa", metavar="OF", nargs="?", help="guess ahead with a model or heads (bundled ones)")
+    guessers = ("--draft", "--medusa", "--eagle")
+    add(*guessers, metavar="OF", nargs="?", help="guess ahead with a model or heads (default: bundled)")
     add("--self", metavar="N", nargs="?", type=whole, help="with N own layers (default: a 4-bit copy)")
-    add("--ngram", nargs=0, help="with what was said before")
+    add("--ngram", "--mtp", nargs=0, help="with what was said before; with its own predictor")
 
 
 def make(args: argparse.Namespace, model: Model) -> Speculative | None:
@@ -46,10 +47,10 @@ def make(args: argparse.Namespace, model: Model) -> Speculative | None:
         return None
     from jaxllm.spec_decode import Speculative
 
-    return Speculative(_drafter(*args.guess, model, args.dtype))
+    return Speculative(_drafter(*args.guess, model, args))
 
 
-def _drafter(name: str, value: Any, model: Model, dtype: str | None) -> Drafter:
+def _drafter(name: str, value: Any, model: Model, args: argparse.Namespace) -> Drafter:
     if name == "ngram":
         from jaxllm.draft_ngram import NGram
 
@@ -58,14 +59,29 @@ def _drafter(name: str, value: Any, model: Model, dtype: str | None) -> Drafter:
         from jaxllm.draft_medusa import load_medusa
 
         return load_medusa(value or bundled("medusa"), model)
+    if name in ("eagle", "mtp"):
+        return _head(name, value, model, args)
     from jaxllm.draft_model import DraftModel, early_exit
     from jaxllm.quant import quantize_model
 
     if name == "draft":
-        draft = load(value or bundled("draft"), dtype=dtype)
+        draft = load(value or bundled("draft"), dtype=args.dtype)
     else:
         draft = early_exit(model, value) if value else quantize_model(model, _COPY[model.config.dtype])
     return DraftModel(draft, choice="couple")
+
+
+def _head(name: str, value: str | None, model: Model, args: argparse.Namespace) -> Drafter:
+    """A tree of EAGLE's; a chain of a predictor, which knows the next token best, and before recurrent layers."""
+    from jaxllm.config import MLA, Attention
+    from jaxllm.draft_head import DraftHead
+    from jaxllm.head_files import load_eagle, load_predictor
+
+    if name == "mtp":
+        return DraftHead(load_predictor(args.model, model), (1,) * 4, "couple")
+    head = load_eagle(value or bundled("eagle"), model)
+    rewinds = all(isinstance(b.mixer, Attention | MLA) for b in model.config.blocks)
+    return DraftHead(head) if rewinds else DraftHead(head, (1,) * 4, "couple")
 
 
 def as_json(report: Speculation) -> dict[str, Any]:
