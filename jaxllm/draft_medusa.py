@@ -19,7 +19,7 @@ import numpy as np
 from jaxllm import layers, ops
 from jaxllm.basics import F32, linear
 from jaxllm.checkpoint.medusa import read_heads
-from jaxllm.config import ModelConfig
+from jaxllm.config import MLA, Attention, ModelConfig
 from jaxllm.decode import Plan
 from jaxllm.draft_grow import Choice, Chooser, Place, from_keys
 from jaxllm.errors import CheckpointError, JaxllmError
@@ -260,15 +260,23 @@ def load_medusa(
     """Published Medusa heads (see `checkpoint.medusa`) as a drafter for `target`, in its dtype.
 
     choices: the tree; "medusa_choices" of config.json if not given, or else Medusa's own, as far as there are
-    heads. Raises CheckpointError for heads that cannot be read or are not for this target."""
+    heads; a chain where the target has recurrent layers.
+
+    Raises CheckpointError for heads that cannot be read or are not for this target."""
     folder = find(path_or_hub_id)
     heads, values = read_heads(folder)
     check_heads(heads, target.config)
     if choices is None:
         given = values.get("medusa_choices", MC_SIM_7B_63)
         choices = _own_choices(folder, given, len(heads["heads"]))
+        choices = choices if trees_fit(target.config) else tuple(path for path in choices if not any(path))
     place = lambda x: jax.device_put(x if x.dtype == np.int32 else x.astype(target.config.dtype))
     return Medusa(jax.tree.map(place, heads), choices, choice)
+
+
+def trees_fit(config: ModelConfig) -> bool:
+    """Whether a target can verify more than chains."""
+    return all(isinstance(block.mixer, Attention | MLA) for block in config.blocks)
 
 
 def _own_choices(folder: os.PathLike, given: Any, count: int) -> Choices:

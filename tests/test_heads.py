@@ -14,6 +14,7 @@ import transformers
 
 import jaxllm
 from jaxllm import cli, decode, heads, layers
+from jaxllm.checkpoint.canonical import nest
 from jaxllm.draft_medusa import load_medusa
 from jaxllm.errors import JaxllmError, MissingExtraError
 from jaxllm.heads import Settings, batch_at, continued, train, windows_of
@@ -34,6 +35,9 @@ def target() -> Model:
     return Model(config, random_model.params(config), name="target")
 
 
+look = jax.jit(heads.look, static_argnums=(0, 3))
+
+
 def log_softmax(x: np.ndarray) -> np.ndarray:
     x = x - x.max(-1, keepdims=True)
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
@@ -46,8 +50,8 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
 def test_the_loss_of_untrained_medusa_heads(target, own):
     """They say at each token what the target says there, and are held against what it says k + 1 tokens on."""
     kind = MedusaHeads(heads=3, own=own)
-    seen = jax.jit(heads.look, static_argnums=(0, 3))(target.config, target.params, TEXT[:2], kind.features)
-    loss, hits = kind.loss(target.config, target.params, kind.start(target, 0), seen)
+    seen = look(target.config, target.params, TEXT[:2], kind.features)
+    loss, hits = jax.jit(kind.loss, static_argnums=0)(target.config, target.params, kind.start(target, 0), seen)
     logits, _ = jax.jit(layers.forward, static_argnums=0)(target.config, target.params, TEXT[:2])
     said = log_softmax(np.asarray(logits, np.float64))
     want, right = 0.0, []
@@ -64,18 +68,12 @@ def test_the_loss_of_a_draft_that_is_the_target():
     kind = SmallModel(1, 16, head_dim=8)
     config = kind.config(dataclasses.replace(CONFIGS["full"], vocab=48))
     leaves = kind.start(Model(CONFIGS["full"], {}), 3)
-    model = Model(config, heads_nest(leaves))
-    seen = heads.look(config, model.params, TEXT[:2], ())
-    loss, hits = kind.loss(CONFIGS["full"], {}, leaves, seen)
+    model = Model(config, nest(leaves))
+    seen = look(config, model.params, TEXT[:2], ())
+    loss, hits = jax.jit(kind.loss, static_argnums=0)(CONFIGS["full"], {}, leaves, seen)
     p = np.asarray(seen.logprobs, np.float64)
     assert float(loss) == pytest.approx(-(np.exp(p) * p).sum(-1).mean(), rel=1e-5)
     assert hits.tolist() == [1.0]
-
-
-def heads_nest(leaves):
-    from jaxllm.checkpoint.canonical import nest
-
-    return nest(leaves)
 
 
 def test_every_window_once_in_an_epoch():
@@ -178,7 +176,7 @@ def test_what_cannot_be(make, says):
 
 
 def test_medusa_heads_are_written_as_they_were_trained(target, tmp_path):
-    """The loss of what is read again is that of what was written; the tree asks for as many drafts as it was told."""
+    """What is read again is what was written; the tree asks for as many drafts as it was told."""
     kind = MedusaHeads(heads=2, layers=2, nodes=5)
     leaves = {path: x + 0.1 for path, x in kind.start(target, 0).items()}
     kind.write(target, leaves, TEXT, tmp_path)
@@ -238,6 +236,6 @@ def test_an_eagle_head_that_is_new_guesses_as_the_target():
     """Before training it hardly changes the feature, so that features of the target are next to its own."""
     target = jaxllm.load(jaxllm.bundled("draft"))
     kind = eagle_head(target)
-    seen = heads.look(target.config, target.params, TEXT[:1], kind.features)
+    seen = look(target.config, target.params, TEXT[:1], kind.features)
     _, hits = jax.jit(kind.loss, static_argnums=0)(target.config, target.params, kind.start(target, 0), seen)
     assert hits.shape == (2,)

@@ -15,7 +15,16 @@ from safetensors.torch import save_file
 from jaxllm import decode, layers, sampling
 from jaxllm.checkpoint.medusa import read_heads, write_heads
 from jaxllm.draft_grow import Chooser
-from jaxllm.draft_medusa import MC_SIM_7B_63, Medusa, arranged, best_choices, head_logits, load_medusa, paths
+from jaxllm.draft_medusa import (
+    MC_SIM_7B_63,
+    Medusa,
+    arranged,
+    best_choices,
+    head_logits,
+    load_medusa,
+    paths,
+    trees_fit,
+)
 from jaxllm.draft_medusa import drawn as grow_drawn
 from jaxllm.draft_medusa import ranked as grow_ranked
 from jaxllm.errors import CheckpointError, JaxllmError
@@ -370,6 +379,7 @@ def test_other_caches(name):
     """A ring; a recurrent target, which verifies chains."""
     target = model_of(name)
     drafter = Medusa(random_heads(target.config), paths("0 00" if name == "recurrent" else "0 1 00"))
+    assert trees_fit(target.config) == (name != "recurrent")
     want = decode.generate(target, ROWS, max_new_tokens=14, eos=(), prefill_chunk_size=4)
     assert tokens(speculated(target, drafter, prefill_chunk_size=4)) == tokens(want)
 

@@ -73,15 +73,14 @@ def _drafter(name: str, value: Any, model: Model, args: argparse.Namespace) -> D
 
 def _head(name: str, value: str | None, model: Model, args: argparse.Namespace) -> Drafter:
     """A tree of EAGLE's; a chain of a predictor, which knows the next token best, and before recurrent layers."""
-    from jaxllm.config import MLA, Attention
     from jaxllm.draft_head import DraftHead
+    from jaxllm.draft_medusa import trees_fit
     from jaxllm.head_files import load_eagle, load_predictor
 
     if name == "mtp":
         return DraftHead(load_predictor(args.model, model), (1,) * 4, "couple")
     head = load_eagle(value or bundled("eagle"), model)
-    rewinds = all(isinstance(b.mixer, Attention | MLA) for b in model.config.blocks)
-    return DraftHead(head) if rewinds else DraftHead(head, (1,) * 4, "couple")
+    return DraftHead(head) if trees_fit(model.config) else DraftHead(head, (1,) * 4, "couple")
 
 
 def as_json(report: Speculation) -> dict[str, Any]:
