@@ -12,7 +12,20 @@ import sys
 from collections.abc import Sequence
 
 from jaxllm import __version__
-from jaxllm.commands import bench, chat, compare, export, generate, info, logits, quantize, score, tune, warm
+from jaxllm.commands import (
+    bench,
+    chat,
+    compare,
+    export,
+    generate,
+    info,
+    logits,
+    quantize,
+    score,
+    train_heads,
+    tune,
+    warm,
+)
 from jaxllm.commands.common import formatter
 from jaxllm.errors import JaxllmError
 from jaxllm.programs import keep_programs
@@ -29,6 +42,7 @@ COMMANDS = {
     "bench": bench,
     "warm": warm,
     "tune": tune,
+    "train-heads": train_heads,
 }
 
 
@@ -52,7 +66,10 @@ def parser() -> argparse.ArgumentParser:
             description=module.DESCRIPTION,
             formatter_class=formatter,
             allow_abbrev=False,
+            add_help=False,
         )
+        # Whoever reads this line in the help has found it.
+        command.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
         module.arguments(command)
         command.set_defaults(run=module.run, fail=command.error)
     return top

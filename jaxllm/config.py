@@ -193,10 +193,14 @@ class Block:
     mixer: Mixer
     ffn: MLP | MoE | None
     norm: Norm
-    pre: bool = True  # a norm before each sublayer
+    pre: bool | Literal["ffn"] = True  # a norm before each sublayer, or the feed-forward alone
     post: bool = False  # a norm after each sublayer, before the residual add
     parallel: Literal["shared", "split"] | None = None  # one norm for both sublayers, or one each
     residual: float = 1.0
+
+    def normed(self, name: str) -> bool:
+        """Whether there is a norm before a sublayer, "mixer" or "ffn"."""
+        return self.pre is True or self.pre == name
 
 
 @dataclass(frozen=True)
@@ -260,7 +264,7 @@ def _linear(path: str, out: int, into: int, bias: bool = False) -> Shapes:
 
 def _block(b: Block, D: int) -> Shapes:
     for name in ("mixer", "ffn") if b.ffn else ("mixer",):
-        if b.pre and not (name == "ffn" and b.parallel == "shared"):
+        if b.normed(name) and not (name == "ffn" and b.parallel == "shared"):
             yield from _norm(f"{name}.pre", b.norm, D).items()
         if b.post:
             yield from _norm(f"{name}.post", b.norm, D).items()

@@ -8,19 +8,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxllm import draft_grow
-from jaxllm.decode import Plan, prefill
-from jaxllm.draft_grow import Choice
+from jaxllm.decode import Plan
+from jaxllm.draft_grow import Alone, Choice, Grown, Shape
 from jaxllm.errors import ContextError, JaxllmError, TokenizerError
 from jaxllm.model import Model
 from jaxllm.prompts import new_state
+from jaxllm.reading import Read, prefill
 from jaxllm.sampling import Sampler
-from jaxllm.spec_decode import Asked
+from jaxllm.spec_decode import Asked, Verified
 from jaxllm.spec_verify import Draft
 from jaxllm.state import Recurrent, State, keep_path, select_rows
 
@@ -29,38 +31,45 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class DraftModel:
-    """A model that is cheaper than the target and says much the same: a chain, or a tree of fixed widths.
+    """A model that is cheaper than the target and says much the same: a chain, or a tree.
 
-    widths: children of each node at each depth; all 1 is a chain. choice, where the sampler is not greedy: "draw"
-    from the draft's processed distribution, siblings without replacement, to be weighed by it; "couple": draw with
-    the very noise that the target draws with, so that the two often agree and tokens are those of plain decoding
-    with the same keys (arXiv 2408.07978); "top": take the most probable, with which tokens are those, too.
+    widths: children of each node at each depth, all 1 for a chain; or `Grown`, by confidence. choice, where the
+    sampler is not greedy: "draw" from the draft's processed distribution, siblings without replacement, to be
+    weighed by it; "couple": draw with the very noise that the target draws with, so that the two often agree and
+    tokens are those of plain decoding with the same keys (arXiv 2408.07978); "top": take the most probable, with
+    which tokens are those, too.
     """
 
     model: Model
-    widths: tuple[int, ...] = (1,) * 6
+    widths: Shape = (1,) * 6
     choice: Choice = "draw"
+    features: ClassVar[tuple[str, ...]] = ()
+    whole_prompt: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not self.widths or min(self.widths) < 1:
-            raise JaxllmError(f"widths are whole numbers of at least 1, one for each depth, got {self.widths}")
-        if self.choice not in ("draw", "couple", "top"):
-            raise JaxllmError(f"choice is 'draw', 'couple' or 'top', got {self.choice!r}")
+        draft_grow.check_shape(self.widths, self.choice)
 
     @property
     def nodes(self) -> int:
-        return 1 + int(np.cumprod(self.widths).sum())
+        return draft_grow.most_nodes(self.widths)
 
     @property
     def chain(self) -> bool:
-        return set(self.widths) == {1}
+        return draft_grow.is_chain(self.widths)
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        deepest = len(self.widths)
+        deepest = draft_grow.deepest(self.widths)
         return tuple(range(1, deepest + 1)) if self.chain else (deepest,)
 
-    def init(self, target: Model, plan: Plan) -> Memory:
+    @property
+    def catches_up(self) -> int:
+        """Tokens that a step may begin with: the newest, and drafts kept that are not in the state.
+
+        Of a tree grown by confidence all are read again: which ones were fed is not known any more."""
+        return 1 + self.widths.depth if isinstance(self.widths, Grown) else 2
+
+    def init(self, target: Model, plan: Plan, found: Read) -> Memory:
         """The prompts, read by the draft model.
 
         Raises TokenizerError for another vocabulary, ContextError where its context is too short, JaxllmError for
@@ -90,41 +99,46 @@ class DraftModel:
                 f"the draft model {self.model.name} has a context of {config.max_len} tokens, and {wanted} are "
                 "wanted; shorten them, or choose another drafter"
             )
-        chunk = min(max(CHUNK, self.nodes), config.max_len)
-        return new_state(self.model, unique, plan.new_tokens, chunk, spare=self.nodes, **plan.room)
+        chunk = min(max(CHUNK, self.nodes, self._spare), config.max_len)
+        return new_state(self.model, unique, plan.new_tokens, chunk, spare=self._spare, **plan.room)
+
+    @property
+    def _spare(self) -> int:
+        """Slots for drafts in its own state."""
+        return 1 + max(draft_grow.most_fed(self.widths), self.nodes - 1)
 
     def propose(self, memory: Memory, asked: Asked) -> tuple[Draft | None, Memory]:
         """Catch up with the target, then draft."""
         held = np.array([len(row) for row in asked.rows])
         room = memory.state.capacity
-        if room is not None and held[asked.live].max() + self.nodes > room:
+        if room is not None and held[asked.live].max() + self._spare > room:
             return None, memory
         state, tokens, n_new = self._catch_up(memory, asked.rows)
         carry, model = asked.carry, self.model
-        args = (model.config, model.params, memory.sampler, state, tokens, n_new)
+        args = (Alone(model.config), model.params, memory.sampler, state, tokens, None, n_new)
         place = (carry.context, carry.keys, carry.step)
-        how = dict(choice=memory.choice, vocab=memory.vocab, widths=self.widths)
+        how = dict(choice=memory.choice, vocab=memory.vocab, shape=self.widths)
         draft, state = draft_grow.draft(*args, place, np.int32(asked.length), **how)
-        fed = asked.length - 1
+        fed = 0 if isinstance(self.widths, Grown) else asked.length - 1
         return draft, dataclasses.replace(memory, state=state, held=held, path=None, kept=0 * held, fed=fed)
 
     def _catch_up(self, memory: Memory, rows: Sequence[Sequence[int]]) -> tuple[State, np.ndarray, np.ndarray]:
-        """(the state without rejected drafts, the last tokens it lacks i32 [B, 2], how many they are i32 [B])."""
+        """(the state without rejected drafts, the last tokens it lacks i32 [B, n], how many they are i32 [B])."""
         state = settled(memory.state, memory.held, memory.path, memory.kept)
         known = memory.held + memory.kept
         lacking = [list(row[n:]) for row, n in zip(rows, known, strict=True)]
-        if max(map(len, lacking)) > 2:  # after plain steps
+        if max(map(len, lacking)) > self.catches_up:  # after plain steps
             state, _ = prefill(self.model, [row[:-1] for row in lacking], state)
             lacking = [row[-1:] for row in lacking]
-        tokens = np.zeros((len(rows), 2), np.int32)
+        tokens = np.zeros((len(rows), self.catches_up), np.int32)
         for line, row in zip(tokens, lacking, strict=True):
             line[: len(row)] = row
         return state, tokens, np.array([len(row) for row in lacking], np.int32)
 
-    def accept(self, memory: Memory, path: Array, kept: np.ndarray) -> Memory:
+    def accept(self, memory: Memory, seen: Verified) -> Memory:
         """Remember which drafts were kept; those on the last depth were never fed."""
-        kept = np.clip(kept, 0, memory.fed)
-        return dataclasses.replace(memory, path=None if self.chain else path[:, 1:] - 1, kept=kept)
+        kept = np.clip(seen.kept, 0, memory.fed)
+        return dataclasses.replace(memory, path=None if self.chain else seen.path[:, 1:] - 1, kept=kept)
 
 
 CHUNK = 64  # tokens that the draft model reads at once

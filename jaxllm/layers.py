@@ -228,18 +228,19 @@ _MIXER = {
 _FFN = {MLP: mlp, MoE: moe}
 
 
-def block(b: Block, p: dict, x: Array, cache, step: Step, tap: Recorder):
-    """One layer: x [B, T, D] -> ([B, T, D], cache)."""
+def block(b: Block, p: dict, x: Array, cache, step: Step, tap: Recorder, beside: Array | None = None):
+    """One layer: x [B, T, D] -> ([B, T, D], cache). beside [B, T, d]: what the mixer reads in front of x."""
 
     def before(name, x):
-        return norm(b.norm, p[name]["pre"], x) if b.pre else x
+        return norm(b.norm, p[name]["pre"], x) if b.normed(name) else x
 
     def after(name, y):
         y = norm(b.norm, p[name]["post"], y) if b.post else y
         return tap(f"{name}.out", y if b.residual == 1.0 else y * b.residual)
 
     x = tap("in", x)
-    xn = tap("mixer.in", before("mixer", x))
+    xn = before("mixer", x)
+    xn = tap("mixer.in", xn if beside is None else jnp.concatenate([beside, xn], -1))
     mixed, cache = _MIXER[type(b.mixer)](b.mixer, p["mixer"], xn, cache, step, tap)
     mixed = after("mixer", mixed)
     if b.ffn is None:
@@ -252,10 +253,10 @@ def block(b: Block, p: dict, x: Array, cache, step: Step, tap: Recorder):
 
 
 @partial(jax.jit, static_argnums=0)
-def _alike(b: Block, p: dict, x: Array, cache, step: Step):
+def _alike(b: Block, p: dict, x: Array, cache, step: Step, beside: Array | None):
     """`block` without taps. Layers of one description and shapes are traced and lowered once, as one function that
     XLA inlines: what a start costs before it finds its programs in a cache grows no more with the layers."""
-    return block(b, p, x, cache, step, Recorder(None))
+    return block(b, p, x, cache, step, Recorder(None), beside)
 
 
 def hidden(
@@ -279,28 +280,71 @@ def hidden(
     Raises ContextError where T cannot fit. A row that overflows inside jit gives NaN, never a wrong answer.
     """
     B, T = tokens.shape
-    _check_call(config, tokens, state, n_new)
+    check_call(config, tokens, state, n_new)
     _check_tree(config, tokens, depth, tree)
     n_new = jnp.full(B, T, jnp.int32) if n_new is None else jnp.asarray(n_new, jnp.int32)
+    step, root = placed(config, state, n_new, depth, tree, T), Recorder(taps)
+    x = root("embed", embedded(config, params, tokens, step, state, n_new))
+    tapped = root if taps is not None and (taps.keep or taps.edit) else None
+    x, state = through(config, params, x, state, step, n_new, root=tapped)
+    return root("norm", norm(config.norm, params["norm"], x)), state, root.finish()
+
+
+def placed(
+    config: ModelConfig, state: State, n_new: Array, depth: Array | None, tree: Array | None, T: int
+) -> Step:
+    """The Step of a forward over T tokens, n_new i32 [B] of them real, with the model's rotary tables."""
     step = begin(state, n_new, depth, tree, T)
     # In the order of the layers: that of a set may be another in each process, and so would be the program.
     ropes = tuple(dict.fromkeys(b.mixer.rope for b in config.blocks if getattr(b.mixer, "rope", None)))
-    step = dataclasses.replace(step, ropes=ropes, tables=tuple(turn(rope, step.pos) for rope in ropes))
-    root = Recorder(taps)
-    x = root("embed", _embed(config, params, tokens, step, state, n_new))
+    return dataclasses.replace(step, ropes=ropes, tables=tuple(turn(rope, step.pos) for rope in ropes))
+
+
+def through(
+    config: ModelConfig,
+    params: dict,
+    x: Array,
+    state: State,
+    step: Step,
+    n_new: Array,
+    *,
+    root: Recorder | None = None,
+    beside: Array | None = None,
+) -> tuple[Array, State]:
+    """x [B, T, D] through every layer -> (x, the state with n_new i32 [B] tokens more); beside as in `block`."""
     caches = []
     for i, (b, p, cache) in enumerate(zip(config.blocks, params["layers"], state.layers, strict=True)):
-        if taps is None or not (taps.keep or taps.edit):
-            x, cache = _alike(b, p, x, cache, step)
+        if root is None:
+            x, cache = _alike(b, p, x, cache, step, beside)
         else:
-            x, cache = block(b, p, x, cache, step, root.at(f"layers.{i}"))
+            x, cache = block(b, p, x, cache, step, root.at(f"layers.{i}"), beside)
         caches.append(cache)
-    x = root("norm", norm(config.norm, params["norm"], x))
-    state = dataclasses.replace(state, layers=tuple(caches), length=state.length + n_new)
-    return x, state, root.finish()
+    return x, dataclasses.replace(state, layers=tuple(caches), length=state.length + n_new)
 
 
-def _embed(config: ModelConfig, params: dict, tokens, step: Step, state: State, n_new) -> Array:
+def featured(
+    config: ModelConfig,
+    params: dict,
+    tokens: Array,
+    state: State,
+    names: tuple[str, ...],
+    *,
+    n_new: Array | None = None,
+    depth: Array | None = None,
+    tree: Array | None = None,
+) -> tuple[Array, State, Array | None]:
+    """`hidden` -> (x, state, activations of these names side by side [B, T, their widths added]; None for ()).
+
+    Names as in `taps`, without patterns, of activations [B, T, width]; "norm" is x itself."""
+    inner = tuple(name for name in names if name != "norm")
+    taps = Taps(keep=inner) if inner else None
+    x, state, kept = hidden(config, params, tokens, state, n_new=n_new, depth=depth, tree=tree, taps=taps)
+    found = [x if name == "norm" else kept[name] for name in names]
+    return x, state, jnp.concatenate(found, -1) if found else None
+
+
+def embedded(config: ModelConfig, params: dict, tokens: Array, step: Step, state: State, n_new: Array) -> Array:
+    """What enters the first layer, [B, T, D]: zeros for padding, NaN in rows that overflow."""
     x = ops.embed(params["embed"]["w"], tokens).astype(config.dtype)
     if config.embed_scale != 1.0:
         x = x * jnp.asarray(config.embed_scale, x.dtype)
@@ -318,7 +362,8 @@ def _embed(config: ModelConfig, params: dict, tokens, step: Step, state: State, 
     return jnp.where(fits[:, None, None], x, jnp.nan)
 
 
-def _check_call(config: ModelConfig, tokens, state: State, n_new) -> None:
+def check_call(config: ModelConfig, tokens: Array, state: State, n_new: Array | None) -> None:
+    """Raise ContextError where tokens [B, T] cannot be appended to the state."""
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ContextError(f"tokens must be integers [B, T], got {tokens.dtype}")
     B, T = tokens.shape

@@ -73,9 +73,9 @@ class Model:
 
 
 def bundled(which: str = "target") -> pathlib.Path:
-    """The folder of a model that ships with jaxllm: "target", or the smaller "draft"."""
-    if which not in ("target", "draft"):
-        raise CheckpointError(f"the bundled models are 'target' and 'draft', got {which!r}")
+    """The folder of what ships with jaxllm: "target", a smaller "draft", and heads, "medusa" and "eagle"."""
+    if which not in ("target", "draft", "medusa", "eagle"):
+        raise CheckpointError(f"the bundled models are 'target', 'draft', 'medusa' and 'eagle', got {which!r}")
     return BUNDLED / which
 
 

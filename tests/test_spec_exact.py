@@ -163,7 +163,7 @@ def followed(blocks: Blocks, tree: Tree, p: np.ndarray) -> None:
     P, N, V = p.shape
     drawn = np.array(list(itertools.product(range(V), repeat=N)))
     each = np.prod([p[:, n, drawn[:, n]] for n in range(N)], 0, dtype=np.float64)  # [P, R]
-    many = Tree(jnp.repeat(tree.tokens, len(drawn), 0), tree.parent, tree.deepest)
+    many = Tree(*(jnp.repeat(a, len(drawn), 0) for a in (tree.tokens, tree.parents)), tree.deepest)
     drawn = np.tile(drawn, (P, 1))
     at = np.asarray(_follow(many, jnp.asarray(drawn)))
     blocks.add(many, at, np.eye(V)[drawn[np.arange(len(at)), at]], each.reshape(-1))
@@ -243,14 +243,15 @@ def _drafted(config, choice, vocab, widths, params, knobs, lines, lengths, conte
     again = lambda a: jnp.repeat(a, len(noise), 0)
     _, state, _ = layers.hidden(config, params, lines, init_state(config, len(lines), 16), n_new=lengths - 2)
     two = jnp.take_along_axis(lines, lengths[:, None] - jnp.array([2, 1]), 1)
-    x, state = draft_grow.newest(config, params, state, two, jnp.full(len(lines), 2))
+    speaker = draft_grow.Alone(config)
+    x, state = draft_grow.newest(speaker, params, state, two, None, jnp.full(len(lines), 2))
     x, state, context = again(x), jax.tree.map(again, state), jax.tree.map(again, context)
     noise_of = lambda nodes, depth: jnp.tile(noise[:, nodes], (len(lines), 1, 1)) if choice == "draw" else None
     choose = draft_grow.Chooser(knobs, vocab, choice == "draw", lambda depth: None, noise_of)
     if set(widths) == {1}:
         nodes, length = len(widths) + 1, len(widths)
-        return draft_grow.grow_chain(config, params, choose, state, x, context, nodes, length)[0]
-    return draft_grow.grow_tree(config, params, choose, state, x, context, widths)[0]
+        return draft_grow.grow_chain(speaker, params, choose, state, x, context, nodes, length)[0]
+    return draft_grow.grow_tree(speaker, params, choose, state, x, context, widths)[0]
 
 
 def by_rejection(target, draft, knobs, widths, tamper=lambda made: made, rule=None) -> Blocks:

@@ -51,13 +51,24 @@ MAY_IMPORT = {
     "stopping": "errors generation tokenizer",
     "prompts": "config errors model native quant state",
     "scoring": "config errors generation layers model progress prompts sampling state",
-    "decode": "config errors generation layers model prompts sampling scoring state stopping",
+    "reading": "config errors layers model prompts state",
+    "decode": "config errors generation layers model prompts reading sampling scoring state stopping",
     "spec_verify": "sampling",
     "spec_length": "",
-    "spec_decode": "config decode errors generation layers model sampling spec_length spec_verify state",
-    "draft_ngram": "decode errors model spec_decode spec_verify",
-    "draft_grow": "config layers sampling spec_verify state",
-    "draft_model": "decode draft_grow errors model prompts sampling spec_decode spec_verify state",
+    "feature_head": "basics config layers state",
+    "head_files": "checkpoint config errors families feature_head files model",
+    "spec_decode": "config decode errors generation layers model reading sampling spec_length spec_verify state",
+    "draft_ngram": "decode errors model reading spec_decode spec_verify",
+    "draft_grow": "config errors layers sampling spec_verify state",
+    "draft_model": "decode draft_grow errors model prompts reading sampling spec_decode spec_verify state",
+    "draft_medusa": "basics checkpoint config decode draft_grow errors layers model ops reading sampling "
+    "spec_decode spec_verify",
+    "heads": "config decode errors files generation layers model prompts sampling spec_decode state",
+    "heads_medusa": "checkpoint config draft_medusa errors heads model quant",
+    "heads_eagle": "config draft_head errors families feature_head head_files heads model quant",
+    "heads_draft": "checkpoint config draft_model errors families files heads layers model",
+    "draft_head": "decode draft_grow errors feature_head model prompts reading sampling spec_decode spec_verify"
+    " state",
     "beam": "config decode errors generation layers model prompts sampling state",
     "comparison": "config errors layers model progress prompts state taps",
     "lm_eval": "decode errors model sampling scoring",
@@ -164,8 +175,9 @@ def test_only_jax_and_numpy_are_imported_up_front(path):
 
 def test_importing_is_light():
     heavy = (
-        "torch transformers tokenizers jinja2 safetensors huggingface_hub rich sentencepiece tiktoken flax orbax"
+        "torch transformers tokenizers jinja2 safetensors huggingface_hub rich sentencepiece tiktoken flax optax "
     )
+    heavy += "orbax"
     code = f"import jaxllm, sys; print([m for m in {heavy.split()} if m in sys.modules])"
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent

@@ -4,6 +4,9 @@
     python tools/train_bundled.py train WORK --size target --steps 9000 --decay 2500
     python tools/train_bundled.py train WORK --size draft --steps 6000 --decay 1500
     python tools/train_bundled.py evaluate WORK
+    python tools/train_bundled.py text WORK
+
+The last writes train.txt and held.txt, which `python -m jaxllm train-heads` takes.
 
 The corpus is the Python source of CPython's own standard library, as installed with the interpreter that
 runs this script (PSF licence). One file in fifty, chosen by the hash of its path, is held out whole.
@@ -297,9 +300,15 @@ def evaluate(work):
     (work / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
 
 
+def text(work):
+    """The files as two texts, to train on and held out."""
+    for name, files in zip(("train", "held"), corpus(), strict=True):
+        (work / f"{name}.txt").write_text("\n".join(source for _, source in files), encoding="utf-8")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["tokenizer", "train", "evaluate"])
+    parser.add_argument("action", choices=["tokenizer", "train", "evaluate", "text"])
     parser.add_argument("work", type=pathlib.Path)
     parser.add_argument("--size", choices=list(SIZES), default="target")
     parser.add_argument("--steps", type=int, default=8000)
@@ -313,6 +322,8 @@ def main():
     a.work.mkdir(parents=True, exist_ok=True)
     if a.action == "tokenizer":
         train_tokenizer(a.work)
+    elif a.action == "text":
+        text(a.work)
     elif a.action == "train":
         train(a.work, a.size, a.steps, a.decay, a.batch, a.length, a.lr, a.matrix_lr, a.compile)
     else:

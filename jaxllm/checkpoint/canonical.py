@@ -132,14 +132,16 @@ def assemble(
     place: Callable[[str, Values], object],
     source: str,
     on_tensor: Callable[[str], None] = lambda name: None,
+    shapes: dict[str, tuple[int, ...]] | None = None,
 ) -> dict:
     """Read tensors one by one into the nested parameter tree that `config` describes.
 
     tensors: name -> reader of its values; place(path, array) makes the final leaf, so that at most one tensor
-    is held beside the result. Raises CheckpointError that lists everything missing, unknown, doubled, of the
-    wrong shape or not of real numbers.
+    is held beside the result; shapes: of the tree, where it has more or less than the config says.
+    Raises CheckpointError that lists everything missing, unknown, doubled, of the wrong shape or not of real
+    numbers.
     """
-    tree = _Tree(params_shape(config), place, len(tensors))
+    tree = _Tree(params_shape(config) if shapes is None else shapes, place, len(tensors))
     for name, read in tensors.items():
         try:
             _put(tree, name, read, config, family)

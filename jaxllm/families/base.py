@@ -40,6 +40,21 @@ class Rule(NamedTuple):
     split: Split | None = None
 
 
+class Predictor(NamedTuple):
+    """A further layer of a checkpoint: from the decoder's hidden vector and the embedding of the token behind it,
+    it says the token after that one.
+
+    "{n}" in a pattern stands for the number of the decoder's layers. Tensors behind the prefix are named as those
+    of layer 0 of a decoder, and the rules tell where the rest goes: embed_norm, feature_norm, join and norm.
+    """
+
+    pattern: str  # its tensors
+    prefix: str  # of those of its layer
+    rules: tuple[Rule, ...]
+    shares: tuple[str, ...] = ()  # copies of the decoder's embedding and projection, which are not read
+    carried: bool = False  # whether the feature it hands on has been through its last norm
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """A description of one model type; numpy and data only."""
@@ -53,6 +68,7 @@ class Family:
     inside: str | None = None  # what the decoder's names are prefixed with in a larger model
     skip: tuple[str, ...] = ()  # tensors that are not part of the decoder
     past_last: str | None = None  # tensors of layer (\d+), not part of it from the last layer on
+    predictor: Predictor | None = None  # the part among those that says a further token
 
 
 NORMS = r".*\b(pre|post|norm|q_norm|k_norm)\.w"  # every norm weight of the canonical tree

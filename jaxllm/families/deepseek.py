@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxllm.config import MLA, Attention, Block, ModelConfig, MoE, Norm, QKNorm
-from jaxllm.families.base import Family, Rule, Sizes, decoder, dense, sizes
+from jaxllm.families.base import Family, Predictor, Rule, Sizes, decoder, dense, sizes
 from jaxllm.families.fields import Fields
 from jaxllm.families.layouts import latent_kv
 from jaxllm.families.llama import llama_attention
@@ -104,9 +104,22 @@ LATENT = (
 )
 PREDICTED = r"model\.layers\.(\d+)\..*"  # layers past the last predict further tokens
 
+_NEXT = r"model\.layers\.{n}\."
+PREDICTOR = Predictor(
+    pattern=_NEXT + ".*",
+    prefix=_NEXT,
+    rules=(
+        Rule(L + "enorm", "embed_norm"),
+        Rule(L + "hnorm", "feature_norm"),
+        Rule(L + "eh_proj", "join"),
+        Rule(L + r"shared_head\.norm", "norm"),
+    ),
+    shares=(r".*\.embed_tokens\.weight", r".*\.shared_head\.head\.weight"),
+)
+
 FAMILIES = {
     "deepseek_v2": Family(deepseek_v2, LATENT, interleaved=True),
-    "deepseek_v3": Family(deepseek_v3, LATENT, interleaved=True, past_last=PREDICTED),
-    "kimi_k2": Family(deepseek_v3, LATENT, interleaved=True, past_last=PREDICTED),
-    "glm4_moe": Family(glm4_moe, SPARSE, past_last=PREDICTED),
+    "deepseek_v3": Family(deepseek_v3, LATENT, interleaved=True, past_last=PREDICTED, predictor=PREDICTOR),
+    "kimi_k2": Family(deepseek_v3, LATENT, interleaved=True, past_last=PREDICTED, predictor=PREDICTOR),
+    "glm4_moe": Family(glm4_moe, SPARSE, past_last=PREDICTED, predictor=PREDICTOR._replace(carried=True)),
 }

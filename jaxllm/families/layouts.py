@@ -94,6 +94,11 @@ def depthwise(x: np.ndarray, leaf: str, block: Block) -> dict[str, np.ndarray]:
     return {f"conv.{leaf}": x[:, 0] if leaf == "w" else x}
 
 
+def halves_swapped(x: np.ndarray, leaf: str, block: Block) -> dict[str, np.ndarray]:
+    """A matrix that reads two inputs side by side, for the same two the other way round."""
+    return {leaf: np.concatenate(np.split(x, 2, -1)[::-1], -1) if leaf == "w" else x}
+
+
 def unit_rows(x: np.ndarray) -> np.ndarray:
     """Every row [.., in] at length 1, computed in f32, in x's dtype."""
     y = x.astype(np.float32)

@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 from jaxllm.config import Block, ModelConfig, QKNorm
-from jaxllm.families.base import Family, Rule, Sizes, attention, decoder, dense, sizes, windows
+from jaxllm.families.base import Family, Predictor, Rule, Sizes, attention, decoder, dense, sizes, windows
 from jaxllm.families.fields import Fields
-from jaxllm.families.layouts import fused_qkv
+from jaxllm.families.layouts import fused_qkv, halves_swapped
 from jaxllm.families.llama import llama_attention
-from jaxllm.families.names import LLAMA
+from jaxllm.families.names import LLAMA, L
 from jaxllm.families.rope import rope
 
 
@@ -53,7 +53,7 @@ def qwen3(c: Fields) -> ModelConfig:
 
 
 def mimo(c: Fields) -> ModelConfig:
-    """Qwen 2 with further layers that predict tokens after the next one; those are not read."""
+    """Qwen 2 with a further layer that predicts the token after the next one."""
     c.expect("attention_bias", True)
     c.skip("num_nextn_predict_layers")
     return qwen2(c)
@@ -72,9 +72,22 @@ QWEN = (
     Rule(r"transformer\.h\.(\d+)\.ln_2", r"layers.\1.ffn.pre"),
 )
 
+_NEXT = r"model\.mtp_layers\.0\."
+PREDICTOR = Predictor(
+    pattern=_NEXT + ".*",
+    prefix=_NEXT,
+    rules=(
+        Rule(L + "token_layernorm", "embed_norm"),
+        Rule(L + "hidden_layernorm", "feature_norm"),
+        Rule(L + "input_proj", "join", halves_swapped),  # it reads the hidden vector first
+        Rule(L + "final_layernorm", "norm"),
+    ),
+    carried=True,
+)
+
 FAMILIES = {
     "qwen": Family(qwen, QWEN),
     "qwen2": Family(qwen2, LLAMA),
     "qwen3": Family(qwen3, LLAMA),
-    "mimo": Family(mimo, LLAMA, skip=(r"model\.mtp_layers\..*",)),
+    "mimo": Family(mimo, LLAMA, skip=(r"model\.mtp_layers\..*",), predictor=PREDICTOR),
 }

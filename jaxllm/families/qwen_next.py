@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jaxllm.config import Block, DeltaNet, ModelConfig, QKNorm
-from jaxllm.families.base import Family, Rule, Sizes, decoder, dense, sizes
+from jaxllm.families.base import Family, Predictor, Rule, Sizes, decoder, dense, sizes
 from jaxllm.families.fields import Fields
 from jaxllm.families.layouts import delta_ba, delta_qkvz, depthwise, gated_query
 from jaxllm.families.llama import llama_attention
@@ -60,8 +60,20 @@ RULES = (
     *LLAMA,
 )
 # Every norm but the delta rule's own.
-ONE_PLUS = r"norm\.w|.*\.(pre|q_norm|k_norm)\.w"
+ONE_PLUS = r"((embed_|feature_)?norm|.*\.(pre|q_norm|k_norm))\.w"
+
+PREDICTOR = Predictor(
+    pattern=r"mtp\..*",
+    prefix=r"mtp\.layers\.0\.",
+    rules=(
+        Rule(r"mtp\.pre_fc_norm_embedding", "embed_norm"),
+        Rule(r"mtp\.pre_fc_norm_hidden", "feature_norm"),
+        Rule(r"mtp\.fc", "join"),
+        Rule(r"mtp\.norm", "norm"),
+    ),
+    carried=True,
+)
 
 FAMILIES = {
-    "qwen3_next": Family(qwen3_next, RULES, one_plus=ONE_PLUS, skip=(r"mtp\..*",)),
+    "qwen3_next": Family(qwen3_next, RULES, one_plus=ONE_PLUS, skip=(r"mtp\..*",), predictor=PREDICTOR),
 }
