@@ -73,7 +73,7 @@ class Model:
 
 
 def bundled(which: str = "target") -> pathlib.Path:
-    """The folder of what ships with jaxllm: "target", a smaller "draft", "medusa" and "eagle", heads for the target."""
+    """The folder of what ships: "target", a smaller "draft", or heads for the target, "medusa" or "eagle"."""
     if which not in ("target", "draft", "medusa", "eagle"):
         raise CheckpointError(f"the bundled models are 'target', 'draft', 'medusa' and 'eagle', got {which!r}")
     return BUNDLED / which
