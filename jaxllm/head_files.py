@@ -288,7 +288,8 @@ _ENDS = {"embed.w": "model.embed_tokens.weight", "head.w": "lm_head.weight", "he
 
 def eagle_values(target: Model, **changes: Any) -> dict[str, Any]:
     """The config.json of a new EAGLE head for a target: one layer of its sizes, with the fields that differ."""
-    return {**target.values, "num_hidden_layers": 1, "bias": False, **changes}
+    kept = {name: value for name, value in target.values.items() if name != "quantization_config"}
+    return {**kept, "num_hidden_layers": 1, "bias": False, **changes}
 
 
 def save_eagle(head: Head, values: Mapping[str, Any], folder: str | os.PathLike) -> None:

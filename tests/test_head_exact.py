@@ -19,6 +19,7 @@ from jaxllm.spec_verify import Draft
 from jaxllm.state import init_state
 from tests import random_model
 from tests.test_spec_exact import (
+    PROMPT,
     SAMPLERS,
     SHAPES,
     Blocks,
@@ -101,6 +102,33 @@ def test_drawn_drafts(shape, name):
     blocks = Blocks(prefixes, vocab, made.tree.deepest)
     judged(blocks, made, behind(target, knobs, prefixes, made.tree), weight)
     assert distance(blocks, target, knobs) < 1e-6
+
+
+@pytest.mark.parametrize("shape", ["chain", "width 2"])
+def test_what_drafts_were_drawn_from(shape):
+    """Behind a draft on any branch: what the head says of the whole text, its own feature before the draft."""
+    vocab, widths = SHAPES[shape]
+    target, head = pair_of(vocab)
+    prefixes = prefixes_of(vocab)
+    made, _ = drafted(target, head, knobs_of("plain"), widths)
+    tokens, probs, parent = (np.asarray(a) for a in (made.tree.tokens, made.probs, made.tree.parent))
+    config, state = target.config, init_state(target.config, 1, len(PROMPT) + 1)
+    line = np.array([[*PROMPT, *prefixes[0]]])
+    features = layers.featured(config, target.params, line, state, head.config.features)[2]
+    for row in range(0, len(probs) // len(prefixes), 5):
+        for node in range(1, 1 + widths[0]):
+            want = _said_behind(head, line[:, 1:], features[:, :-1], tokens[row, node])
+            np.testing.assert_allclose(probs[row, np.argmax(parent == node) - 1], want, atol=1e-5)
+
+
+def _said_behind(head: Head, line: np.ndarray, features: jax.Array, draft: int) -> jax.Array:
+    """f32 [V]: what follows `draft` behind a text i32 [1, T] with the target's features [1, T, W]."""
+    config, T = head.config, line.shape[1]
+    before = config.take(head.params, features)
+    x, _ = config.read(head.params, line, before, empty(config, 1, T))
+    text, before = np.append(line, draft)[None], jnp.concatenate([before, x[:, -1:]], 1)
+    y, _ = config.read(head.params, text, before, empty(config, 1, T + 1))
+    return jax.nn.softmax(config.said(head.params, y[0, -1]))
 
 
 def test_what_a_head_is_certain_of():
