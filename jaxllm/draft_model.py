@@ -20,7 +20,7 @@ from jaxllm.errors import ContextError, JaxllmError, TokenizerError
 from jaxllm.model import Model
 from jaxllm.prompts import new_state
 from jaxllm.sampling import Sampler
-from jaxllm.spec_decode import Asked
+from jaxllm.spec_decode import Asked, Verified
 from jaxllm.spec_verify import Draft
 from jaxllm.state import Recurrent, State, keep_path, select_rows
 
@@ -121,10 +121,10 @@ class DraftModel:
             line[: len(row)] = row
         return state, tokens, np.array([len(row) for row in lacking], np.int32)
 
-    def accept(self, memory: Memory, path: Array, kept: np.ndarray) -> Memory:
+    def accept(self, memory: Memory, seen: Verified) -> Memory:
         """Remember which drafts were kept; those on the last depth were never fed."""
-        kept = np.clip(kept, 0, memory.fed)
-        return dataclasses.replace(memory, path=None if self.chain else path[:, 1:] - 1, kept=kept)
+        kept = np.clip(seen.kept, 0, memory.fed)
+        return dataclasses.replace(memory, path=None if self.chain else seen.path[:, 1:] - 1, kept=kept)
 
 
 CHUNK = 64  # tokens that the draft model reads at once

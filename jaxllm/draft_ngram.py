@@ -8,16 +8,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 
 from jaxllm.decode import Plan
 from jaxllm.errors import JaxllmError
 from jaxllm.model import Model
-from jaxllm.spec_decode import Asked
+from jaxllm.spec_decode import Asked, Verified
 from jaxllm.spec_verify import Draft, chain_of
-
-Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +57,7 @@ class NGram:
         found = bool((tokens[asked.live] >= 0).any())
         return (Draft(chain_of(tokens), None) if found else None), memory
 
-    def accept(self, memory: list[Seen], path: Array, kept: np.ndarray) -> list[Seen]:
+    def accept(self, memory: list[Seen], seen: Verified) -> list[Seen]:
         """Nothing to do: the tokens themselves say it."""
         return memory
 

@@ -24,6 +24,7 @@ from jaxllm.generation import SKIPPED, Speculation
 from jaxllm.model import Model
 from jaxllm.sampling import Sampler
 from jaxllm.spec_length import Pace
+from jaxllm.spec_mask import allowed_behind
 from jaxllm.spec_verify import (
     Draft,
     Rule,
@@ -67,8 +68,8 @@ class Drafter(Protocol):
     def propose(self, memory: Any, asked: Asked) -> tuple[Draft | None, Any]:
         """A tree behind the newest tokens (None: nothing to propose), and what it remembers now."""
 
-    def accept(self, memory: Any, path: Array, kept: np.ndarray) -> Any:
-        """After verification: path i32 [B, D + 1] of nodes (node 0 first), of which 1 + kept i32 [B] remain."""
+    def accept(self, memory: Any, seen: Verified) -> Any:
+        """After verification: what remains of the tree, and what the target said behind each node."""
 
 
 # ---- one verification -----------------------------------------------------------------------------------
@@ -83,6 +84,7 @@ class Verified:
     tokens: Array  # i32 [B, N]  of the tree, the newest token first
     path: Array  # i32 [B, D + 1]  nodes kept, -1 behind the last
     kept: Array  # i32 [B]  drafts kept
+    said: Array  # i32 [B, N]  what the target says behind each node, kept or not; -1 where nothing can follow
     offered: Array  # bool [B]  whether there was a draft to look at behind the last one kept
     before: tuple[Recurrent, ...]  # recurrent layers as they were, for `replay`
 
@@ -113,8 +115,9 @@ def verify(
 ) -> tuple[Carry, Verified]:
     """One forward over a drafted tree: what is kept of it and one token more, in rows where live bool [B]."""
     nodes = examine(config, params, carry, draft.tree, live)
-    at, token = judge(sampler, rule, nodes, draft.probs, _uniforms(carry, nodes.tree))
-    return settle(top, carry, nodes, at, token, live)
+    may = nodes if draft.allowed is None else masked(nodes, draft.allowed)
+    at, token, said = judge(sampler, rule, may, draft.probs, _uniforms(carry, nodes.tree))
+    return settle(top, carry, nodes, at, token, said, live)
 
 
 def examine(config: ModelConfig, params: dict, carry: Carry, tree: Tree, live: Array) -> Nodes:
@@ -129,6 +132,11 @@ def examine(config: ModelConfig, params: dict, carry: Carry, tree: Tree, live: A
     x, state, _ = layers.hidden(config, params, tokens, carry.state, n_new=fed, **shape)
     logits = layers.logits(config, params, x)
     return Nodes(tree, fed, state, logits, along(carry.context, tree), keys_at(carry, depth))
+
+
+def masked(nodes: Nodes, allowed: Array) -> Nodes:
+    """The nodes with what a mask allows bool [B, N, V], as its step at the head of a sampler does it."""
+    return dataclasses.replace(nodes, logits=jax.vmap(lambda m, x: sampling.Mask(m)(x))(allowed, nodes.logits))
 
 
 def keys_at(carry: Carry, depth: Array) -> Array | None:
@@ -150,15 +158,18 @@ def _uniforms(carry: Carry, tree: Tree) -> Array | None:
 
 def judge(
     sampler: Sampler, rule: Rule, nodes: Nodes, probs: Array | None, uniform: Array | None
-) -> tuple[Array, Array]:
-    """(the last node kept, the token that follows it), i32 [B] each; -1 where nothing can follow."""
+) -> tuple[Array, Array, Array]:
+    """(the last node kept i32 [B], the token behind it i32 [B], what the target says behind each node i32 [B, N]).
+
+    It says what it draws there, or the most probable token; -1 where nothing can follow."""
     row = jnp.arange(len(nodes.fed))
     if rule == "exact" and probs is None:
         draw = lambda *node: sampling.sample(sampler, *node)[0]
         drawn = jax.vmap(draw, in_axes=1, out_axes=1)(nodes.logits, nodes.keys, nodes.contexts)
         at = follow(nodes.tree, drawn)
-        return at, drawn[row, at]
+        return at, drawn[row, at], drawn
     logprobs = processed(sampler, nodes.logits, nodes.contexts, nodes.keys)
+    said = jnp.argmax(logprobs, -1).astype(jnp.int32)
     if rule == "typical":
         at = typical(nodes.tree, jnp.exp(logprobs))
         rest = logprobs[row, at]
@@ -166,11 +177,13 @@ def judge(
         at, rest, _ = reject(nodes.tree, jnp.exp(logprobs), probs, uniform)
         rest = jnp.log(rest)
     if sampler.greedy:
-        return at, sampling.sample(sampler, rest, None)[0]
-    return at, sampling.sample(_AS_IT_IS, rest, nodes.keys[row, at])[0]
+        return at, sampling.sample(sampler, rest, None)[0], said
+    return at, sampling.sample(_AS_IT_IS, rest, nodes.keys[row, at])[0], said
 
 
-def settle(top: int, carry: Carry, nodes: Nodes, at: Array, token: Array, live: Array) -> tuple[Carry, Verified]:
+def settle(
+    top: int, carry: Carry, nodes: Nodes, at: Array, token: Array, said: Array, live: Array
+) -> tuple[Carry, Verified]:
     """Keep the path to node `at` i32 [B] and emit it, with `token` i32 [B] behind it."""
     tree, path = nodes.tree, path_to(nodes.tree, at)
     kept = jnp.where(live, (path >= 0).sum(-1) - 1, -1)
@@ -182,7 +195,7 @@ def settle(top: int, carry: Carry, nodes: Nodes, at: Array, token: Array, live: 
     token = jnp.where(live, token, carry.token)
     after = dataclasses.replace(carry, state=state, token=token, context=context, step=carry.step + kept + 1)
     before = tuple(c for c in carry.state.layers if isinstance(c, Recurrent))
-    return after, Verified(out, tree.tokens, path, kept, offered(tree, at), before)
+    return after, Verified(out, tree.tokens, path, kept, said, offered(tree, at), before)
 
 
 def _emitted(nodes: Nodes, path: Array, kept: Array, last: Array, top: int) -> Emitted:
@@ -281,7 +294,7 @@ class Run:
                 yield from self._without(live, began)
                 continue
             seen = self._verify(draft, live)
-            memory = self.drafter.accept(memory, seen.path, seen.kept)
+            memory = self.drafter.accept(memory, seen)
             self.pace.verified(seen.kept[live], seen.offered[live])
             yield from self._emit(seen.emitted)
             self.pace.took(length, time.perf_counter() - began)
@@ -306,6 +319,9 @@ class Run:
     def _verify(self, draft: Draft, live: np.ndarray) -> Verified:
         """The draft verified; on the host what the host reads."""
         began, model, plan = time.perf_counter(), self.model, self.plan
+        if plan.mask is not None:
+            said = [row[len(prompt) :] for row, prompt in zip(self.rows, plan.rows, strict=True)]
+            draft = dataclasses.replace(draft, allowed=allowed_behind(plan.mask, said, draft.tree))
         args = (model.config, model.params, plan.sampler, plan.top, self.rule)
         self.carry, seen = verify(*args, self.carry, draft, live)
         emitted, kept, more = jax.device_get((seen.emitted, seen.kept, seen.offered))
@@ -317,7 +333,8 @@ class Run:
 
     def _without(self, live: np.ndarray, began: float) -> Iterator[tuple[Emitted, State]]:
         """Plain decoding for a while: as long as the drafter rests, or one step."""
-        if not live.all():  # a row that has what it wants stands still: the tree of the newest token alone
+        # A row that has what it wants stands still, and a mask is asked: the tree of the newest token alone.
+        if self.plan.mask is not None or not live.all():
             none = Draft(chain_of(np.zeros((len(live), 1), np.int32)), None)
             yield from self._emit(self._verify(none, live).emitted)
             self.pace.plain(1, time.perf_counter() - began)

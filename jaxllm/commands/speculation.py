@@ -22,7 +22,7 @@ _COPY = {
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """--draft, --self and --ngram, one of them at most."""
+    """--draft, --self, --ngram and --lookahead, one of them at most."""
     group = parser.add_mutually_exclusive_group()
     group.add_argument(
         "--draft", metavar="MODEL", nargs="?", const="", help="guess ahead with a model (default: bundled)"
@@ -30,12 +30,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--self", metavar="N", nargs="?", const=0, type=whole, help="with N own layers (default: a 4-bit copy)"
     )
-    group.add_argument("--ngram", action="store_true", help="with what was said before")
+    group.add_argument("--ngram", action="store_true", help="with what was said; --lookahead: own guesses, too")
+    group.add_argument(
+        "--lookahead", action="store_true", help=argparse.SUPPRESS
+    )  # said above: help fits a screen
 
 
 def make(args: argparse.Namespace, model: Model) -> Speculative | None:
     """What the arguments ask for. The text is the same as without, for the same seed."""
-    if args.draft is None and args.self is None and not args.ngram:
+    if args.draft is None and args.self is None and not (args.ngram or args.lookahead):
         return None
     from jaxllm.spec_decode import Speculative
 
@@ -47,6 +50,10 @@ def _drafter(args: argparse.Namespace, model: Model) -> Drafter:
         from jaxllm.draft_ngram import NGram
 
         return NGram()
+    if args.lookahead:
+        from jaxllm.draft_lookahead import Lookahead
+
+        return Lookahead()
     from jaxllm.draft_model import DraftModel, early_exit
     from jaxllm.quant import quantize_model
 
