@@ -96,9 +96,9 @@ HOT = sampling.sampler(temperature=1.5, min_p=0.1, frequency_penalty=0.3)  # not
 HORIZON = 3
 SAMPLED = {
     "chain": lambda target, draft: DraftModel(draft, (1, 1)),
-    "tree 3, 1": lambda target, draft: DraftModel(draft, (3, 1)),
-    "tree 2, 2": lambda target, draft: DraftModel(draft, (2, 2)),
-    "most probable": lambda target, draft: DraftModel(draft, (2, 1), "top"),
+    "tree-3-1": lambda target, draft: DraftModel(draft, (3, 1)),
+    "tree-2-2": lambda target, draft: DraftModel(draft, (2, 2)),
+    "most-probable": lambda target, draft: DraftModel(draft, (2, 1), "top"),
     "coupled": lambda target, draft: DraftModel(draft, (1, 1), "couple"),
     "copy": lambda target, draft: DraftModel(quant.quantize_model(target, "q4bf16_1"), (1, 1)),
     "exit": lambda target, draft: DraftModel(early_exit(target, 4), (2, 1)),
@@ -156,7 +156,7 @@ def fits(pair, kind: str, times: int, rows: int) -> None:
     assert 1e-4 < p < 1 - 1e-4
 
 
-@pytest.mark.parametrize("kind", ["chain", "tree 3, 1"])
+@pytest.mark.parametrize("kind", ["chain", "tree-3-1"])
 def test_sampled_continuations(pair, kind):
     fits(pair, kind, 2, 300)
 
@@ -168,7 +168,7 @@ def test_a_hundred_thousand_continuations(pair, kind):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", ["chain", "tree 2, 2"])
+@pytest.mark.parametrize("kind", ["chain", "tree-2-2"])
 def test_a_wrong_residual_is_seen(pair, kind, monkeypatch):
     """The target's own distribution after a rejection, in place of what the drafts left of it."""
     monkeypatch.setattr(spec_verify, "residual", lambda p, q: p)
