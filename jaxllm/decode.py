@@ -18,29 +18,20 @@ from jaxllm.config import ModelConfig
 from jaxllm.errors import ContextError, JaxllmError
 from jaxllm.generation import SKIPPED, Alternatives, Completion, Generation, Prefix, Scored, Timings, Token
 from jaxllm.model import Model
-from jaxllm.prompts import PREFILL_CHUNK, Overflow, Prompt, as_prompts, new_state, padded, steps_together
+from jaxllm.prompts import PREFILL_CHUNK, Overflow, Prompt, as_prompts, new_state, steps_together
+from jaxllm.reading import Read, forked, prefill, prefill_chunk, read
 from jaxllm.sampling import GREEDY, Context, MaskCallback, Sampler
 from jaxllm.scoring import score, score_rows
-from jaxllm.state import Recurrent, State, evict, rewind, select_rows
+from jaxllm.state import Recurrent, State, evict, rewind
 from jaxllm.state import kv_format as state_format
 from jaxllm.stopping import Text, stop_strings
 
-__all__ = ["Overflow", "Prompt", "advance", "generate", "prefill", "score", "stream"]
+__all__ = ["Overflow", "Prompt", "advance", "generate", "prefill", "prefill_chunk", "score", "stream"]
 
 Array = jax.Array
 
 
-# ---- the two programs -----------------------------------------------------------------------------------
-
-
-@partial(jax.jit, static_argnames="config", donate_argnames="state")
-def prefill_chunk(
-    config: ModelConfig, params: dict, state: State, last: Array, tokens: Array, n_new: Array
-) -> tuple[State, Array]:
-    """Append tokens i32 [B, C] (n_new i32 [B] real) -> (state, last [B, D]): each row's newest hidden vector."""
-    x, state, _ = layers.hidden(config, params, tokens, state, n_new=n_new)
-    newest = jnp.take_along_axis(x, jnp.maximum(n_new - 1, 0)[:, None, None], 1)[:, 0]
-    return state, jnp.where((n_new > 0)[:, None], newest, last)
+# ---- the step ---------------------------------------------------------------------------------------------
 
 
 @jax.tree_util.register_dataclass
@@ -108,30 +99,6 @@ def advance(
     return jax.lax.scan(lambda c, _: _advance(config, params, sampler, top, c), carry, length=steps)
 
 
-# ---- prefill -------------------------------------------------------------------------------------------
-
-
-def prefill(model: Model, rows: Sequence[Sequence[int]], state: State) -> tuple[State, Array]:
-    """Append prompts of any lengths to a state -> (state, last [B, D]: each row's newest hidden vector).
-
-    The state is consumed (its memory is reused). Raises ContextError where a row does not fit.
-    """
-    chunk, longest = state.chunk, max(map(len, rows))
-    lengths = np.array([len(r) for r in rows])
-    held = np.asarray(state.length)
-    if state.capacity is not None and np.max(held + lengths) > state.capacity:
-        raise ContextError(
-            f"a row would hold {np.max(held + lengths)} tokens; the state has room for {state.capacity}"
-        )
-    last = np.zeros((len(rows), model.config.width), jnp.dtype(model.config.dtype))
-    ids = padded(rows, -(-longest // chunk) * chunk)
-    for start in range(0, longest, chunk):
-        n_new = np.clip(lengths - start, 0, chunk).astype(np.int32)
-        tokens = ids[:, start : start + chunk]
-        state, last = prefill_chunk(model.config, model.params, state, last, tokens, n_new)
-    return state, last
-
-
 # ---- the loop -------------------------------------------------------------------------------------------
 
 
@@ -142,7 +109,11 @@ class Speculates(Protocol):
     def nodes(self) -> int:
         """Most tokens it appends to the state at once."""
 
-    def run(self, model: Model, plan: Plan, state: State, last: Array) -> Any:
+    @property
+    def features(self) -> tuple[str, ...]:
+        """The activations of every prompt token that it reads (see `taps`)."""
+
+    def run(self, model: Model, plan: Plan, state: State, found: Read) -> Any:
         """An iterable of what `_loop` yields, SKIPPED where a row got no token; its `report()` ends the result."""
 
 
@@ -179,9 +150,9 @@ def _masked(plan: Plan, so_far: Sequence[Sequence[int]]) -> Sampler:
     return Sampler((sampling.Mask(jnp.asarray(allowed)), *plan.sampler.steps))
 
 
-def _loop(model: Model, plan: Plan, state: State, last: Array) -> Iterator[tuple[Emitted, State]]:
+def _loop(model: Model, plan: Plan, state: State, found: Read) -> Iterator[tuple[Emitted, State]]:
     """What each step emitted (numpy, [B] each), and a state that holds at least the tokens before it."""
-    carry, many = first_token(model, plan, state, last)
+    carry, many = first_token(model, plan, state, found.last)
     so_far: list[list[int]] = [[] for _ in plan.rows]
     held = np.array(jax.device_get(state.length))
     while True:
@@ -326,14 +297,15 @@ def generate(
     strings, ids = stop_strings(stop, model.tokenizer)
     ends = ids | (model.eos_ids if eos is None else frozenset(eos))
     scored = score_rows(model, rows, logprobs) if prompt_logprobs else [None] * len(rows)
-    plan, state, last, seed = _prepare(
+    plan, state, found, seed = _prepare(
         model, rows, max_new_tokens, sampler, key, n, logprobs, mask, max_len, overflow, sinks,
         prefill_chunk_size, prefix, steps, kv_format, speculative,
     )  # fmt: skip
     outputs = [_Row(model, p, strings, ends, max_new_tokens) for p in plan.rows]
-    jax.block_until_ready(last)
+    jax.block_until_ready(found.last)
     prefilled = time.perf_counter()
-    made = _steps(speculative, model, plan, state, last)
+    made = _steps(speculative, model, plan, state, found)
+    del found  # features of long prompts are large, and a drafter has read them now
     for out, now in made:
         held = now
         for j, row in enumerate(outputs):
@@ -390,12 +362,14 @@ def stream(
         raise JaxllmError(f"stream takes one prompt, got {len(rows)}; use generate for several")
     strings, ids = stop_strings(stop, model.tokenizer)
     ends = ids | (model.eos_ids if eos is None else frozenset(eos))
-    plan, state, last, _ = _prepare(
+    plan, state, found, _ = _prepare(
         model, rows, max_new_tokens, sampler, key, 1, logprobs, mask, max_len, overflow, sinks,
         prefill_chunk_size, prefix, None if speculative else 1, kv_format, speculative,
     )  # fmt: skip
     row = _Row(model, rows[0], strings, ends, max_new_tokens)
-    for out, now in _steps(speculative, model, plan, state, last):
+    made = _steps(speculative, model, plan, state, found)
+    del found
+    for out, now in made:
         held = now
         yield row.push(*_read(out, 0, logprobs))
         if row.reason:
@@ -406,8 +380,8 @@ def stream(
 def _prepare(
     model, rows, new_tokens, sampler, key, n, top, mask, max_len, overflow, sinks, chunk, prefix, steps, kv_format,
     speculative,
-) -> tuple[Plan, State, Array, int | None]:  # fmt: skip
-    """Check everything, prefill, fork: (plan, state, last hidden vectors, seed)."""
+) -> tuple[Plan, State, Read, int | None]:  # fmt: skip
+    """Check everything, prefill, fork: (plan, state, what the prompts left, seed)."""
     if speculative is not None:
         _check_speculative(overflow, steps)
     counts = {"max_new_tokens": new_tokens, "n": n, "prefill_chunk_size": chunk, "steps": steps or 1}
@@ -416,22 +390,20 @@ def _prepare(
     if not 0 <= top <= model.config.vocab:
         raise JaxllmError(f"logprobs goes from 0 to {model.config.vocab}, got {top}")
     keys, seed = _keys(sampler, key, len(rows), n)
-    at_once = speculative.nodes if speculative else 1
+    at_once, features = (speculative.nodes, speculative.features) if speculative else (1, ())
     chunk = min(max(chunk, at_once), model.config.max_len)
+    prefix = None if features else prefix  # a state has none of the features of its tokens
     reused = _reuse(prefix, rows, new_tokens, overflow, kv_format, at_once)
     room = dict(overflow=overflow, max_len=max_len, sinks=sinks, kv_format=kv_format)
     if reused is None:
         state, rest = new_state(model, rows, new_tokens, chunk, spare=at_once - 1, **room), rows
     else:
         state, rest = reused
-    state, last = prefill(model, rest, state)
-    if n > 1:
-        fork = jnp.repeat(jnp.arange(len(rows)), n)
-        state, last = select_rows(state, fork), last[fork]
+    state, found = forked(*read(model, rest, state, features), n)
     free = mask is None and overflow != "clear" and _can_rewind(state)
-    steps = (steps or steps_together(model, last)) if free else 1
-    forked = [row for row in rows for _ in range(n)]
-    return Plan(forked, new_tokens, sampler, keys, top, mask, room, free, steps), state, last, seed
+    steps = (steps or steps_together(model, found.last)) if free else 1
+    each = [row for row in rows for _ in range(n)]
+    return Plan(each, new_tokens, sampler, keys, top, mask, room, free, steps), state, found, seed
 
 
 def _check_speculative(overflow: Overflow, steps: int | None) -> None:

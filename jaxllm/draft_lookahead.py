@@ -11,12 +11,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
+from typing import ClassVar
 
 import numpy as np
 
 from jaxllm.decode import Plan
 from jaxllm.errors import JaxllmError
 from jaxllm.model import Model
+from jaxllm.reading import Read
 from jaxllm.spec_decode import Asked, Verified
 from jaxllm.spec_verify import Draft, Tree
 
@@ -33,6 +35,8 @@ class Lookahead:
     window: int = 4
     ngram: int = 3
     candidates: int = 3
+    features: ClassVar[tuple[str, ...]] = ()
+    whole_prompt: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.window < 1 or self.ngram < 2 or self.candidates < 0:
@@ -49,7 +53,7 @@ class Lookahead:
     def lengths(self) -> tuple[int, ...]:
         return (self.window + self.ngram - 2,)
 
-    def init(self, target: Model, plan: Plan) -> list[Ahead]:
+    def init(self, target: Model, plan: Plan, found: Read) -> list[Ahead]:
         """Nothing is known of a row yet; its prompt is read with its first draft."""
         return [Ahead(self.window, self.ngram, self.candidates) for _ in plan.rows]
 

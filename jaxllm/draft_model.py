@@ -8,17 +8,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxllm import draft_grow
-from jaxllm.decode import Plan, prefill
+from jaxllm.decode import Plan
 from jaxllm.draft_grow import Choice
 from jaxllm.errors import ContextError, JaxllmError, TokenizerError
 from jaxllm.model import Model
 from jaxllm.prompts import new_state
+from jaxllm.reading import Read, prefill
 from jaxllm.sampling import Sampler
 from jaxllm.spec_decode import Asked, Verified
 from jaxllm.spec_verify import Draft
@@ -40,6 +42,8 @@ class DraftModel:
     model: Model
     widths: tuple[int, ...] = (1,) * 6
     choice: Choice = "draw"
+    features: ClassVar[tuple[str, ...]] = ()
+    whole_prompt: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not self.widths or min(self.widths) < 1:
@@ -60,7 +64,7 @@ class DraftModel:
         deepest = len(self.widths)
         return tuple(range(1, deepest + 1)) if self.chain else (deepest,)
 
-    def init(self, target: Model, plan: Plan) -> Memory:
+    def init(self, target: Model, plan: Plan, found: Read) -> Memory:
         """The prompts, read by the draft model.
 
         Raises TokenizerError for another vocabulary, ContextError where its context is too short, JaxllmError for

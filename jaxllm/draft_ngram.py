@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 
 from jaxllm.decode import Plan
 from jaxllm.errors import JaxllmError
 from jaxllm.model import Model
+from jaxllm.reading import Read
 from jaxllm.spec_decode import Asked, Verified
 from jaxllm.spec_verify import Draft, chain_of
 
@@ -28,6 +30,8 @@ class NGram:
     length: int = 8
     longest: int = 5
     shortest: int = 2
+    features: ClassVar[tuple[str, ...]] = ()
+    whole_prompt: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.length < 1 or not 1 <= self.shortest <= self.longest:
@@ -44,7 +48,7 @@ class NGram:
     def lengths(self) -> tuple[int, ...]:
         return tuple(range(1, self.length + 1))
 
-    def init(self, target: Model, plan: Plan) -> list[Seen]:
+    def init(self, target: Model, plan: Plan, found: Read) -> list[Seen]:
         """An index for each row."""
         return [Seen(self.shortest, self.longest) for _ in plan.rows]
 

@@ -300,6 +300,27 @@ def hidden(
     return x, state, root.finish()
 
 
+def featured(
+    config: ModelConfig,
+    params: dict,
+    tokens: Array,
+    state: State,
+    names: tuple[str, ...],
+    *,
+    n_new: Array | None = None,
+    depth: Array | None = None,
+    tree: Array | None = None,
+) -> tuple[Array, State, Array | None]:
+    """`hidden` -> (x, state, activations of these names side by side [B, T, their widths added]; None for ()).
+
+    Names as in `taps`, without patterns, of activations [B, T, width]; "norm" is x itself."""
+    inner = tuple(name for name in names if name != "norm")
+    taps = Taps(keep=inner) if inner else None
+    x, state, kept = hidden(config, params, tokens, state, n_new=n_new, depth=depth, tree=tree, taps=taps)
+    found = [x if name == "norm" else kept[name] for name in names]
+    return x, state, jnp.concatenate(found, -1) if found else None
+
+
 def _embed(config: ModelConfig, params: dict, tokens, step: Step, state: State, n_new) -> Array:
     x = ops.embed(params["embed"]["w"], tokens).astype(config.dtype)
     if config.embed_scale != 1.0:

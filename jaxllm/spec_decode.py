@@ -22,6 +22,7 @@ from jaxllm.decode import Carry, Emitted, Plan
 from jaxllm.errors import JaxllmError
 from jaxllm.generation import SKIPPED, Speculation
 from jaxllm.model import Model
+from jaxllm.reading import Read
 from jaxllm.sampling import Sampler
 from jaxllm.spec_length import Pace
 from jaxllm.spec_mask import allowed_behind
@@ -61,15 +62,18 @@ class Drafter(Protocol):
 
     nodes: int  # most nodes of a tree it proposes, node 0 included
     lengths: tuple[int, ...]  # how many drafts on a path it can be asked for, ascending
+    features: tuple[str, ...]  # the target's activations that it reads, by name as in `layers.featured`
+    whole_prompt: bool  # whether it reads those of every prompt token; `Read.last` is there for all
 
-    def init(self, target: Model, plan: Plan) -> Any:
+    def init(self, target: Model, plan: Plan, found: Read) -> Any:
         """What it remembers of the prompts. Raises JaxllmError where it cannot draft for this target."""
 
     def propose(self, memory: Any, asked: Asked) -> tuple[Draft | None, Any]:
         """A tree behind the newest tokens (None: nothing to propose), and what it remembers now."""
 
     def accept(self, memory: Any, seen: Verified) -> Any:
-        """After verification: what remains of the tree, and what the target said behind each node."""
+        """After verification. One that reads features is told of every token: of plain steps as well, in which
+        the newest token stood alone (path [B, 1])."""
 
 
 # ---- one verification -----------------------------------------------------------------------------------
@@ -82,11 +86,12 @@ class Verified:
 
     emitted: Emitted  # leading axis [D + 1]; SKIPPED behind a row's last token
     tokens: Array  # i32 [B, N]  of the tree, the newest token first
-    path: Array  # i32 [B, D + 1]  nodes kept, -1 behind the last
-    kept: Array  # i32 [B]  drafts kept
+    path: Array  # i32 [B, D + 1]  nodes kept, node 0 first, -1 behind the last
+    kept: Array  # i32 [B]  drafts kept, so 1 + kept tokens entered the state; -1 in rows that stand still
     said: Array  # i32 [B, N]  what the target says behind each node, kept or not; -1 where nothing can follow
     offered: Array  # bool [B]  whether there was a draft to look at behind the last one kept
     before: tuple[Recurrent, ...]  # recurrent layers as they were, for `replay`
+    features: Array | None  # [B, D + 1, width]  along `path`, what the drafter reads; anything behind the last
 
 
 @jax.tree_util.register_dataclass
@@ -100,9 +105,10 @@ class Nodes:
     logits: Array  # f32 [B, N, V]
     contexts: sampling.Context | None  # leaves [B, N, ...]
     keys: Array | None  # typed [B, N]  the key plain decoding would draw with there
+    features: Array | None  # [B, N, width]
 
 
-@partial(jax.jit, static_argnames=("config", "top", "rule"), donate_argnames="carry")
+@partial(jax.jit, static_argnames=("config", "top", "rule", "features"), donate_argnames="carry")
 def verify(
     config: ModelConfig,
     params: dict,
@@ -112,15 +118,19 @@ def verify(
     carry: Carry,
     draft: Draft,
     live: Array,
+    *,
+    features: tuple[str, ...] = (),
 ) -> tuple[Carry, Verified]:
     """One forward over a drafted tree: what is kept of it and one token more, in rows where live bool [B]."""
-    nodes = examine(config, params, carry, draft.tree, live)
+    nodes = examine(config, params, carry, draft.tree, live, features)
     may = nodes if draft.allowed is None else masked(nodes, draft.allowed)
     at, token, said = judge(sampler, rule, may, draft.probs, _uniforms(carry, nodes.tree))
     return settle(top, carry, nodes, at, token, said, live)
 
 
-def examine(config: ModelConfig, params: dict, carry: Carry, tree: Tree, live: Array) -> Nodes:
+def examine(
+    config: ModelConfig, params: dict, carry: Carry, tree: Tree, live: Array, features: tuple[str, ...] = ()
+) -> Nodes:
     """Append a tree to the target's state; node 0 becomes the newest token."""
     tree = dataclasses.replace(tree, tokens=tree.tokens.at[:, 0].set(carry.token))
     N = tree.tokens.shape[1]
@@ -129,9 +139,9 @@ def examine(config: ModelConfig, params: dict, carry: Carry, tree: Tree, live: A
     depth, sees = relations(tree)
     shape = {} if tree.chain else dict(depth=depth, tree=sees)
     tokens = jnp.maximum(tree.tokens, 0)
-    x, state, _ = layers.hidden(config, params, tokens, carry.state, n_new=fed, **shape)
+    x, state, kept = layers.featured(config, params, tokens, carry.state, features, n_new=fed, **shape)
     logits = layers.logits(config, params, x)
-    return Nodes(tree, fed, state, logits, along(carry.context, tree), keys_at(carry, depth))
+    return Nodes(tree, fed, state, logits, along(carry.context, tree), keys_at(carry, depth), kept)
 
 
 def masked(nodes: Nodes, allowed: Array) -> Nodes:
@@ -195,7 +205,10 @@ def settle(
     token = jnp.where(live, token, carry.token)
     after = dataclasses.replace(carry, state=state, token=token, context=context, step=carry.step + kept + 1)
     before = tuple(c for c in carry.state.layers if isinstance(c, Recurrent))
-    return after, Verified(out, tree.tokens, path, kept, said, offered(tree, at), before)
+    features = nodes.features
+    if features is not None:
+        features = jnp.take_along_axis(features, jnp.maximum(path, 0)[..., None], 1)
+    return after, Verified(out, tree.tokens, path, kept, said, offered(tree, at), before, features)
 
 
 def _emitted(nodes: Nodes, path: Array, kept: Array, last: Array, top: int) -> Emitted:
@@ -259,9 +272,14 @@ class Speculative:
         """Slots that one verification needs in a state."""
         return self.drafter.nodes
 
-    def run(self, model: Model, plan: Plan, state: State, last: Array) -> Run:
-        """The loop, from what `prefill` left."""
-        return Run(self, model, plan, state, last)
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Activations to keep of every prompt token."""
+        return self.drafter.features if self.drafter.whole_prompt else ()
+
+    def run(self, model: Model, plan: Plan, state: State, found: Read) -> Run:
+        """The loop, from what reading the prompts left."""
+        return Run(self, model, plan, state, found)
 
 
 def _span(lengths: tuple[int, ...]) -> str:
@@ -271,30 +289,30 @@ def _span(lengths: tuple[int, ...]) -> str:
 class Run:
     """One generation: iterate over (what was emitted, state) as of `decode`, then ask for the `report`."""
 
-    def __init__(self, speculative: Speculative, model: Model, plan: Plan, state: State, last: Array):
+    def __init__(self, speculative: Speculative, model: Model, plan: Plan, state: State, found: Read):
         self.drafter, self.rule = speculative.drafter, speculative.rule
         self.model, self.plan = model, plan
-        self.carry, self.first = decode.first_token(model, plan, state, last)
+        began = time.perf_counter()
+        self.memory = self.drafter.init(model, plan, found)
+        self.draft_seconds, self.verify_seconds = time.perf_counter() - began, 0.0
+        self.carry, self.first = decode.first_token(model, plan, state, found.last)
         self.rows = [list(row) for row in plan.rows]
         self.ends = np.array([len(row) + plan.new_tokens for row in plan.rows])
         self.pace = Pace(speculative.drafter.lengths, speculative.length)
-        self.draft_seconds = self.verify_seconds = 0.0
         self.verified = self.plain = 0
 
     def __iter__(self) -> Iterator[tuple[Emitted, State]]:
-        began = time.perf_counter()
-        memory = self.drafter.init(self.model, self.plan)
-        self.draft_seconds += time.perf_counter() - began
         yield from self._emit(self.first)
         while (live := self._live()).any():
             began = time.perf_counter()
             length = self.pace.choose() if self._roomy(live) else 0
-            draft, memory = self._draft(memory, length, live) if length else (None, memory)
+            draft = self._draft(length, live) if length else None
             if draft is None:
                 yield from self._without(live, began)
                 continue
             seen = self._verify(draft, live)
-            memory = self.drafter.accept(memory, seen)
+            self.memory = self.drafter.accept(self.memory, seen)
+            self.verified += 1
             self.pace.verified(seen.kept[live], seen.offered[live])
             yield from self._emit(seen.emitted)
             self.pace.took(length, time.perf_counter() - began)
@@ -309,12 +327,12 @@ class Run:
         held = max(len(row) - 1 for row, wants in zip(self.rows, live, strict=True) if wants)
         return room is None or held + self.drafter.nodes <= room
 
-    def _draft(self, memory: Any, length: int, live: np.ndarray) -> tuple[Draft | None, Any]:
+    def _draft(self, length: int, live: np.ndarray) -> Draft | None:
         began = time.perf_counter()
-        draft, memory = self.drafter.propose(memory, Asked(self.rows, self.carry, length, live))
+        draft, self.memory = self.drafter.propose(self.memory, Asked(self.rows, self.carry, length, live))
         jax.block_until_ready(draft)  # to know the times of both
         self.draft_seconds += time.perf_counter() - began
-        return draft, memory
+        return draft
 
     def _verify(self, draft: Draft, live: np.ndarray) -> Verified:
         """The draft verified; on the host what the host reads."""
@@ -323,26 +341,32 @@ class Run:
             said = [row[len(prompt) :] for row, prompt in zip(self.rows, plan.rows, strict=True)]
             draft = dataclasses.replace(draft, allowed=allowed_behind(plan.mask, said, draft.tree))
         args = (model.config, model.params, plan.sampler, plan.top, self.rule)
-        self.carry, seen = verify(*args, self.carry, draft, live)
+        self.carry, seen = verify(*args, self.carry, draft, live, features=self.drafter.features)
         emitted, kept, more = jax.device_get((seen.emitted, seen.kept, seen.offered))
         if seen.before and np.any(kept + 1 < seen.tokens.shape[1]):
             self.carry = replay(model.config, model.params, self.carry, seen.before, seen.tokens, seen.kept)
         self.verify_seconds += time.perf_counter() - began
-        self.verified += 1
         return dataclasses.replace(seen, emitted=emitted, kept=kept, offered=more)
 
     def _without(self, live: np.ndarray, began: float) -> Iterator[tuple[Emitted, State]]:
         """Plain decoding for a while: as long as the drafter rests, or one step."""
-        # A row that has what it wants stands still, and a mask is asked: the tree of the newest token alone.
-        if self.plan.mask is not None or not live.all():
-            none = Draft(chain_of(np.zeros((len(live), 1), np.int32)), None)
-            yield from self._emit(self._verify(none, live).emitted)
+        if self.drafter.features or self.plan.mask is not None or not live.all():
+            seen = self._alone(live)
+            yield from self._emit(seen.emitted)
             self.pace.plain(1, time.perf_counter() - began)
             return
         wanted = int((self.ends - np.fromiter(map(len, self.rows), int)).min())
         steps = min(max(self.pace.resting, 1), wanted)
         yield from self._advance(steps)
         self.pace.plain(steps, time.perf_counter() - began)
+
+    def _alone(self, live: np.ndarray) -> Verified:
+        """The tree of the newest token alone: a plain step with features or masks, or in which a row may stand still."""
+        seen = self._verify(Draft(chain_of(np.zeros((len(live), 1), np.int32)), None), live)
+        self.plain += 1
+        if self.drafter.features:
+            self.memory = self.drafter.accept(self.memory, seen)
+        return seen
 
     def _advance(self, steps: int) -> Iterator[tuple[Emitted, State]]:
         """Plain steps, the device one ahead of the host where it may be."""

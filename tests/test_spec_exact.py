@@ -327,7 +327,7 @@ def test_lookahead(drafter, name):
     rows, kept, end = [[*PROMPT, a] for a, _, _ in ways], 0, len(PROMPT) + 3
     share = lambda text: three[text] / two[text[:2]] if two[text[:2]] else 1 / 3
     weight = np.array([one[a,] * np.prod([share((a, x, c[x])) for x in range(3) if x != b]) for a, b, c in ways])
-    memory = drafter.init(target, types.SimpleNamespace(rows=rows))
+    memory = drafter.init(target, types.SimpleNamespace(rows=rows), None)
     while (live := np.array([len(row) < end for row in rows])).any():
         draft, memory = drafter.propose(memory, Asked(rows, None, drafter.lengths[0], live))
         texts = [tuple(row[len(PROMPT) : end]) for row in rows]
