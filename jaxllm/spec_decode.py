@@ -361,7 +361,7 @@ class Run:
         self.pace.plain(steps, time.perf_counter() - began)
 
     def _alone(self, live: np.ndarray) -> Verified:
-        """The tree of the newest token alone: a plain step with features or masks, or in which a row may stand still."""
+        """The tree of the newest token alone: a step with features or a mask, or in which a row stands still."""
         seen = self._verify(Draft(chain_of(np.zeros((len(live), 1), np.int32)), None), live)
         self.plain += 1
         if self.drafter.features:

@@ -54,8 +54,8 @@ MAY_IMPORT = {
     "spec_verify": "sampling",
     "spec_length": "",
     "spec_mask": "sampling spec_verify",
-    "spec_decode": "config decode errors generation layers model reading sampling spec_length spec_mask spec_verify "
-    "state",
+    "spec_decode": "config decode errors generation layers model reading sampling spec_length spec_mask "
+    "spec_verify state",
     "draft_ngram": "decode errors model reading spec_decode spec_verify",
     "draft_lookahead": "decode errors model reading spec_decode spec_verify",
     "draft_grow": "config layers sampling spec_verify state",
