@@ -6,10 +6,9 @@
     python benchmarks/speculation.py real [--only draft,medusa,eagle]         shapes of Llama-3.2-1B in 4 bits
 
 `real` has no trained weights, so the text of its target is noise that nothing could guess. Its drafters work at
-their real cost, but their tokens are exchanged: for the target's own where a recorded run of the bundled models
+their real cost, but their tokens are exchanged: for the target's own where a recorded run of the bundled ones
 kept a draft, for others where it kept none. The target verifies them as always, and says what it says alone. What
-comes out is held against what the record's tokens for each step, and the costs of a draft and of a verification
-measured apart, predict.
+comes out is held against what tokens for each step, and the costs of a draft and of a verification, predict.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from jaxllm.random_weights import random_model
 from jaxllm.sampling import GREEDY
 from jaxllm.shapes import described, shape
 from jaxllm.spec_decode import Asked, Speculative, Verified
-from jaxllm.spec_verify import Draft, Tree, chain_of, relations
+from jaxllm.spec_verify import Draft, Tree, chain_of
 
 WARM = sampling.sampler(temperature=0.8, top_p=0.95)
 REPEATS = "".join(
@@ -230,11 +229,19 @@ class Replayed(Wrapped):
         said = len(asked.rows[0]) - self.start
         path = self.paths[self.turn % len(self.paths)]
         self.turn += 1
-        depth = np.asarray(relations(Tree(np.asarray(tree.tokens), np.asarray(tree.parent), tree.deepest))[0])[0]
+        depth = depths(np.asarray(tree.parents)[0])
         coming = np.array([0, *self.script[said : said + tree.deepest]] + [0] * (tree.deepest + 1))
         tokens = (coming[depth] + 1) % 1000  # wrong everywhere
         tokens[path] = coming[depth[path]]
         return Draft(dataclasses.replace(tree, tokens=tokens[None].astype(np.int32)), None), memory
+
+
+def depths(parent: np.ndarray) -> np.ndarray:
+    """The depth of each node, i32 [N], of parents i32 [N] before their children."""
+    found = np.zeros(len(parent), np.int32)
+    for node in range(1, len(parent)):
+        found[node] = found[parent[node]] + 1
+    return found
 
 
 # ---- real size ------------------------------------------------------------------------------------------
@@ -339,19 +346,19 @@ def real(args: argparse.Namespace) -> None:
     for name, drafter, like in candidates(target, own, small, args):
         paths = recorded(like, own, texts, args.new)
         draft, verify = step_costs(target, row, drafter)
-        expected = 1 + statistics.mean(map(len, paths))
-        predicted = expected * plain / (draft + verify)
-        ratio = replay(target, row, drafter, said, paths, args)
+        ratio, steps = replay(target, row, drafter, said, paths, args)
+        predicted = steps * plain / (draft + verify)
         costs = f"{drafter.nodes} | {1e3 * draft:.1f} | {1e3 * verify:.1f}"
         print(
-            f"| {name} | {costs} | {expected:.2f} | {predicted:.2f} | {ratio:.2f} | {ratio / predicted:.2f} |",
+            f"| {name} | {costs} | {steps:.2f} | {predicted:.2f} | {ratio:.2f} | {ratio / predicted:.2f} |",
             flush=True,
         )
 
 
-def replay(target: Model, row, drafter: Any, said, paths, args: argparse.Namespace) -> float:
-    """How many times as fast as plain decoding it is with these paths kept."""
+def replay(target: Model, row, drafter: Any, said, paths, args: argparse.Namespace) -> tuple[float, float]:
+    """(how many times as fast as plain decoding, tokens for each step) with these paths kept."""
     rates: dict[bool, list[float]] = {False: [], True: []}
+    tokens = steps = 0
     for turn in range(args.rounds):
         for guessed in (False, True):
             replayed = Replayed(drafter, said, len(row), paths[turn :: args.rounds])
@@ -360,7 +367,9 @@ def replay(target: Model, row, drafter: Any, said, paths, args: argparse.Namespa
             if made[0].tokens != said[: args.new]:
                 raise SystemExit("the replay said something else than plain decoding")
             rates[guessed].append(made.timings.new_tokens / made.timings.decode)
-    return statistics.median(rates[True]) / statistics.median(rates[False])
+        tokens += made.speculation.new_tokens
+        steps += made.speculation.verifications + made.speculation.plain_steps
+    return statistics.median(rates[True]) / statistics.median(rates[False]), tokens / steps
 
 
 def candidates(
