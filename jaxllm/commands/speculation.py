@@ -31,9 +31,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--self", metavar="N", nargs="?", const=0, type=whole, help="with N own layers (default: a 4-bit copy)"
     )
     group.add_argument("--ngram", action="store_true", help="with what was said; --lookahead: own guesses, too")
-    group.add_argument(
-        "--lookahead", action="store_true", help=argparse.SUPPRESS
-    )  # said above: help fits a screen
+    # Its help stands above: all of it has to fit a screen.
+    group.add_argument("--lookahead", action="store_true", help=argparse.SUPPRESS)
 
 
 def make(args: argparse.Namespace, model: Model) -> Speculative | None:
