@@ -281,7 +281,7 @@ def generate(
     a seed is drawn and reported. n: completions of each prompt, from one prefill.
     stop: strings or token ids that end a row; eos: ids that end it instead of the checkpoint's own, () for none.
     logprobs: how many alternatives to report for each token; prompt_logprobs: score the prompts too.
-    mask: called before each step with each row's new tokens, gives bool [B, V] of what may follow.
+    mask: called before each step with each row's new tokens, gives bool [B, V] of what may follow, drafts too.
     max_len: the tokens a row has room for (default: what it needs, up to the model's context). overflow: what
     happens beyond: "error" (before anything runs), "evict-oldest" (the first `sinks` and the newest stay), or
     "clear" (the row goes on from its newest token alone).
@@ -383,7 +383,7 @@ def _prepare(
 ) -> tuple[Plan, State, Read, int | None]:  # fmt: skip
     """Check everything, prefill, fork: (plan, state, what the prompts left, seed)."""
     if speculative is not None:
-        _check_speculative(mask, overflow, steps)
+        _check_speculative(overflow, steps)
     counts = {"max_new_tokens": new_tokens, "n": n, "prefill_chunk_size": chunk, "steps": steps or 1}
     if wrong := {k: v for k, v in counts.items() if not isinstance(v, int) or v < 1}:
         raise JaxllmError(f"{wrong} should be whole numbers of at least 1")
@@ -406,10 +406,14 @@ def _prepare(
     return Plan(each, new_tokens, sampler, keys, top, mask, room, free, steps), state, found, seed
 
 
-def _check_speculative(mask: MaskCallback | None, overflow: Overflow, steps: int | None) -> None:
-    refused = ["mask"] * (mask is not None) + ["overflow='clear'"] * (overflow == "clear")
-    if refused := refused + ["steps"] * (steps is not None):
-        raise JaxllmError(f"speculative decoding does not go with {' and '.join(refused)}: leave one out")
+def _check_speculative(overflow: Overflow, steps: int | None) -> None:
+    if overflow == "clear":
+        raise JaxllmError(
+            "speculative decoding does not go with overflow='clear', which would forget what drafts continue; "
+            "choose 'evict-oldest', or leave one out"
+        )
+    if steps is not None:
+        raise JaxllmError("speculative decoding does not go with steps: leave one out")
 
 
 def _can_rewind(state: State) -> bool:

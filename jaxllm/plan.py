@@ -230,9 +230,9 @@ def _moe(m: MoE, rows: int, width: int, item: int) -> tuple[int, int]:
 def _expanded(shapes: Shapes, formats: Formats, rows: int) -> int:
     """What products with packed matrices need beside x and y.
 
-    The kernel takes x once more, in at most 16 bits and with a scale for each block. XLA expands a block of the largest
-    matrix in f32 beside its codes, and makes all layers' products in loops; small matrices it expands whole, those
-    of all layers at once."""
+    The kernel takes x once more, in at most 16 bits and with a scale for each block. XLA expands a block of the
+    largest matrix in f32 beside its codes, and makes all layers' products in loops; small matrices it expands
+    whole, those of all layers at once."""
     packed = [(shapes[p], f) for p, f in formats.items() if f and f.name not in UNQUANTIZED and p != "embed.w"]
     columns = [shape[-1] for shape, f in packed if refuses_format(f) is None]
     loops = [shape for shape, f in packed if refuses_format(f) is not None]

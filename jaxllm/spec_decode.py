@@ -25,6 +25,7 @@ from jaxllm.model import Model
 from jaxllm.reading import Read
 from jaxllm.sampling import Sampler
 from jaxllm.spec_length import Pace
+from jaxllm.spec_mask import allowed_behind
 from jaxllm.spec_verify import (
     Draft,
     Rule,
@@ -87,6 +88,7 @@ class Verified:
     tokens: Array  # i32 [B, N]  of the tree, the newest token first
     path: Array  # i32 [B, D + 1]  nodes kept, node 0 first, -1 behind the last
     kept: Array  # i32 [B]  drafts kept, so 1 + kept tokens entered the state; -1 in rows that stand still
+    said: Array  # i32 [B, N]  what the target says behind each node, kept or not; -1 where nothing can follow
     offered: Array  # bool [B]  whether there was a draft to look at behind the last one kept
     before: tuple[Recurrent, ...]  # recurrent layers as they were, for `replay`
     features: Array | None  # [B, D + 1, width]  along `path`, what the drafter reads; anything behind the last
@@ -121,8 +123,9 @@ def verify(
 ) -> tuple[Carry, Verified]:
     """One forward over a drafted tree: what is kept of it and one token more, in rows where live bool [B]."""
     nodes = examine(config, params, carry, draft.tree, live, features)
-    at, token = judge(sampler, rule, nodes, draft.probs, _uniforms(carry, nodes.tree))
-    return settle(top, carry, nodes, at, token, live)
+    may = nodes if draft.allowed is None else masked(nodes, draft.allowed)
+    at, token, said = judge(sampler, rule, may, draft.probs, _uniforms(carry, nodes.tree))
+    return settle(top, carry, nodes, at, token, said, live)
 
 
 def examine(
@@ -139,6 +142,11 @@ def examine(
     x, state, kept = layers.featured(config, params, tokens, carry.state, features, n_new=fed, **shape)
     logits = layers.logits(config, params, x)
     return Nodes(tree, fed, state, logits, along(carry.context, tree), keys_at(carry, depth), kept)
+
+
+def masked(nodes: Nodes, allowed: Array) -> Nodes:
+    """The nodes with what a mask allows bool [B, N, V], as its step at the head of a sampler does it."""
+    return dataclasses.replace(nodes, logits=jax.vmap(lambda m, x: sampling.Mask(m)(x))(allowed, nodes.logits))
 
 
 def keys_at(carry: Carry, depth: Array) -> Array | None:
@@ -160,15 +168,18 @@ def _uniforms(carry: Carry, tree: Tree) -> Array | None:
 
 def judge(
     sampler: Sampler, rule: Rule, nodes: Nodes, probs: Array | None, uniform: Array | None
-) -> tuple[Array, Array]:
-    """(the last node kept, the token that follows it), i32 [B] each; -1 where nothing can follow."""
+) -> tuple[Array, Array, Array]:
+    """(the last node kept i32 [B], the token behind it i32 [B], what the target says behind each node i32 [B, N]).
+
+    It says what it draws there, or the most probable token; -1 where nothing can follow."""
     row = jnp.arange(len(nodes.fed))
     if rule == "exact" and probs is None:
         draw = lambda *node: sampling.sample(sampler, *node)[0]
         drawn = jax.vmap(draw, in_axes=1, out_axes=1)(nodes.logits, nodes.keys, nodes.contexts)
         at = follow(nodes.tree, drawn)
-        return at, drawn[row, at]
+        return at, drawn[row, at], drawn
     logprobs = processed(sampler, nodes.logits, nodes.contexts, nodes.keys)
+    said = jnp.argmax(logprobs, -1).astype(jnp.int32)
     if rule == "typical":
         at = typical(nodes.tree, jnp.exp(logprobs))
         rest = logprobs[row, at]
@@ -176,11 +187,13 @@ def judge(
         at, rest, _ = reject(nodes.tree, jnp.exp(logprobs), probs, uniform)
         rest = jnp.log(rest)
     if sampler.greedy:
-        return at, sampling.sample(sampler, rest, None)[0]
-    return at, sampling.sample(_AS_IT_IS, rest, nodes.keys[row, at])[0]
+        return at, sampling.sample(sampler, rest, None)[0], said
+    return at, sampling.sample(_AS_IT_IS, rest, nodes.keys[row, at])[0], said
 
 
-def settle(top: int, carry: Carry, nodes: Nodes, at: Array, token: Array, live: Array) -> tuple[Carry, Verified]:
+def settle(
+    top: int, carry: Carry, nodes: Nodes, at: Array, token: Array, said: Array, live: Array
+) -> tuple[Carry, Verified]:
     """Keep the path to node `at` i32 [B] and emit it, with `token` i32 [B] behind it."""
     tree, path = nodes.tree, path_to(nodes.tree, at)
     kept = jnp.where(live, (path >= 0).sum(-1) - 1, -1)
@@ -195,7 +208,7 @@ def settle(top: int, carry: Carry, nodes: Nodes, at: Array, token: Array, live: 
     features = nodes.features
     if features is not None:
         features = jnp.take_along_axis(features, jnp.maximum(path, 0)[..., None], 1)
-    return after, Verified(out, tree.tokens, path, kept, offered(tree, at), before, features)
+    return after, Verified(out, tree.tokens, path, kept, said, offered(tree, at), before, features)
 
 
 def _emitted(nodes: Nodes, path: Array, kept: Array, last: Array, top: int) -> Emitted:
@@ -324,6 +337,9 @@ class Run:
     def _verify(self, draft: Draft, live: np.ndarray) -> Verified:
         """The draft verified; on the host what the host reads."""
         began, model, plan = time.perf_counter(), self.model, self.plan
+        if plan.mask is not None:
+            said = [row[len(prompt) :] for row, prompt in zip(self.rows, plan.rows, strict=True)]
+            draft = dataclasses.replace(draft, allowed=allowed_behind(plan.mask, said, draft.tree))
         args = (model.config, model.params, plan.sampler, plan.top, self.rule)
         self.carry, seen = verify(*args, self.carry, draft, live, features=self.drafter.features)
         emitted, kept, more = jax.device_get((seen.emitted, seen.kept, seen.offered))
@@ -334,7 +350,7 @@ class Run:
 
     def _without(self, live: np.ndarray, began: float) -> Iterator[tuple[Emitted, State]]:
         """Plain decoding for a while: as long as the drafter rests, or one step."""
-        if self.drafter.features or not live.all():
+        if self.drafter.features or self.plan.mask is not None or not live.all():
             seen = self._alone(live)
             yield from self._emit(seen.emitted)
             self.pace.plain(1, time.perf_counter() - began)
@@ -345,7 +361,7 @@ class Run:
         self.pace.plain(steps, time.perf_counter() - began)
 
     def _alone(self, live: np.ndarray) -> Verified:
-        """The tree of the newest token alone: a plain step with features, or in which a row may stand still."""
+        """The tree of the newest token alone: a step with features or a mask, or in which a row stands still."""
         seen = self._verify(Draft(chain_of(np.zeros((len(live), 1), np.int32)), None), live)
         self.plain += 1
         if self.drafter.features:

@@ -12,6 +12,7 @@ _MEMORY = 0.97  # what an earlier observation weighs after each verification
 _SAMPLES = 9  # times of one length that are looked at
 _FIRST_REST, _LONGEST_REST = 64, 512  # plain steps between two trials of a drafter that does not pay
 _TRIED = 4  # the length that is measured first, where there are several
+_PLAIN = 8  # plain steps measured together, as they overlap with the host's work
 
 
 class Pace:
@@ -33,8 +34,11 @@ class Pace:
         if self.resting:
             return 0
         tried = min(self.lengths, key=lambda n: abs(n - _TRIED))
-        if (unknown := next((n for n in (tried, 0) if len(self.times.get(n, ())) < 3), None)) is not None:
-            return unknown
+        if len(self.times.get(tried, ())) < 3:
+            return tried
+        if 0 not in self.times:
+            self.resting = _PLAIN
+            return 0
         if self.rested:  # one more trial
             self.rested = False
             return tried

@@ -53,6 +53,7 @@ class Draft:
     # f32 [B, N - 1, V]: what node i + 1 was drawn from, once the siblings before it were known. None where
     # nothing was drawn: drafts that the drafter's state determines, such as n-grams and the most probable ones.
     probs: Array | None
+    allowed: Array | None = None  # bool [B, N, V]: what a mask lets follow each node; None: anything
 
 
 def chain_of(tokens: Array) -> Tree:

@@ -83,7 +83,8 @@ def typed(monkeypatch):
     return lambda text: monkeypatch.setattr(sys, "stdin", io.StringIO(text))
 
 
-def test_ngrams_change_nothing_but_the_speed(run):
+@pytest.mark.parametrize("how", ["--ngram", "--lookahead"])
+def test_drafts_change_nothing_but_the_speed(run, how):
     argv = (
         "generate",
         "x = 1\ny = 1\nx = 1\n",
@@ -95,7 +96,7 @@ def test_ngrams_change_nothing_but_the_speed(run):
         "--seed",
         3,
     )
-    plain, guessed = (json.loads(run(*argv, *more)[1]) for more in ((), ("--ngram",)))
+    plain, guessed = (json.loads(run(*argv, *more)[1]) for more in ((), (how,)))
     assert guessed["tokens"] == plain["tokens"]
     assert guessed["speculation"]["new_tokens"] == 11
 
@@ -127,6 +128,7 @@ def test_help_fits_a_screen(run, command):
         (("generate", "x", "--logprobs", "2"), "--json"),
         (("generate", "x", "--overflow", "ignore"), "evict-oldest"),
         (("generate", "x", "--ngram", "--draft"), "not allowed with argument"),
+        (("generate", "x", "--ngram", "--lookahead"), "not allowed with argument"),
         (("generate", "x", "--self", "0"), "whole number of at least 1"),
         (("generate", "x", "--dtype", "int3"), "bfloat16"),
         (("score",), "nothing to score"),

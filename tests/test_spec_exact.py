@@ -8,6 +8,7 @@ P prefixes, R drafts of each, N nodes, D depth, V vocabulary.
 
 import functools
 import itertools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,12 @@ import pytest
 
 from jaxllm import draft_grow, layers, sampling, spec_verify
 from jaxllm.decode import Carry
+from jaxllm.draft_lookahead import Lookahead
 from jaxllm.draft_ngram import Seen
 from jaxllm.model import Model
 from jaxllm.sampling import sampler
-from jaxllm.spec_decode import examine
+from jaxllm.spec_decode import Asked, examine, masked
+from jaxllm.spec_mask import allowed_behind
 from jaxllm.spec_verify import Draft, Tree, chain_of, follow, path_to, processed, reject, typical
 from jaxllm.state import init_state
 from tests import random_model
@@ -89,12 +92,13 @@ def _next(config, params, knobs, tokens, context):
     return knobs.distribution(logits[:, -1], context)
 
 
-def plain_law(target: Model, knobs, horizon: int) -> dict[tuple[int, ...], float]:
+def plain_law(target: Model, knobs, horizon: int, mask=None) -> dict[tuple[int, ...], float]:
     """Probability of each sequence of `horizon` tokens after the prompt."""
     law, vocab = {(): 1.0}, target.config.vocab
     for _ in range(horizon):
         prefixes = list(law)
-        args = (knobs, lines_of(prefixes)[0], said(knobs, vocab, prefixes))
+        step = sampling.Sampler((*([sampling.Mask(mask(prefixes))] if mask else []), *knobs.steps))
+        args = (step, lines_of(prefixes)[0], said(knobs, vocab, prefixes))
         probs = np.exp(np.asarray(_next(target.config, target.params, *args), np.float64))
         law = {(*c, v): law[c] * probs[i, v] for i, c in enumerate(prefixes) for v in range(vocab)}
     return law
@@ -104,20 +108,23 @@ def plain_law(target: Model, knobs, horizon: int) -> dict[tuple[int, ...], float
 
 
 @functools.partial(compiled, static_argnums=0)
-def _behind(config, params, knobs, lines, lengths, context, tree):
+def _behind(config, params, knobs, lines, lengths, context, tree, allowed):
     """The distribution of a model behind each node of P x R trees: f32 [P * R, N, V]."""
     times = len(tree.tokens) // len(lines)
     _, state, _ = layers.hidden(config, params, lines, init_state(config, len(lines), 16), n_new=lengths - 1)
     last = jnp.take_along_axis(lines, lengths[:, None] - 1, 1)[:, 0]
     carry = jax.tree.map(lambda a: jnp.repeat(a, times, 0), Carry(state, last, context, None, lengths))
     nodes = examine(config, params, carry, tree, jnp.ones(len(carry.token), bool))
+    nodes = nodes if allowed is None else masked(nodes, allowed)
     return jnp.exp(processed(knobs, nodes.logits, nodes.contexts, None))
 
 
-def behind(model: Model, knobs, prefixes, tree: Tree) -> jax.Array:
+def behind(model: Model, knobs, prefixes, tree: Tree, mask=None) -> jax.Array:
     """The model's distribution behind each node, R trees for each prefix: f32 [P * R, N, V]."""
     context = said(knobs, model.config.vocab, prefixes)
-    return _behind(model.config, model.params, knobs, *lines_of(prefixes), context, tree)
+    texts = [c for c in prefixes for _ in range(len(tree.tokens) // len(prefixes))]
+    allowed = allowed_behind(mask, texts, tree) if mask else None
+    return _behind(model.config, model.params, knobs, *lines_of(prefixes), context, tree, allowed)
 
 
 class Blocks:
@@ -182,11 +189,12 @@ def spoken(blocks: Blocks, first: dict, horizon: int) -> dict[tuple[int, ...], f
     return law
 
 
-def distance(blocks: Blocks, target: Model, knobs) -> float:
+def distance(blocks: Blocks, target: Model, knobs, mask=None) -> float:
     """Total variation between what the steps say and what the target says."""
     horizon = horizon_of(target.config.vocab)
-    got = spoken(blocks, plain_law(target, knobs, 1), horizon)
-    want = plain_law(target, knobs, horizon)
+    first = {c: p for c, p in plain_law(target, knobs, 1, mask).items() if p}
+    got = spoken(blocks, first, horizon)
+    want = plain_law(target, knobs, horizon, mask)
     assert sum(got.values()) == pytest.approx(1, abs=1e-5)
     return sum(abs(got.get(s, 0.0) - want.get(s, 0.0)) for s in {*got, *want}) / 2
 
@@ -221,9 +229,9 @@ def law_of(probs: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     return weight
 
 
-def drafted(target: Model, draft: Model, knobs, widths, choice="draw") -> tuple[Draft, np.ndarray]:
+def drafted(target: Model, draft: Model, knobs, widths, choice="draw", prefixes=None) -> tuple[Draft, np.ndarray]:
     """Every draft that the draft model may make behind each prefix, P * R rows, and its probability there."""
-    vocab, prefixes = target.config.vocab, prefixes_of(target.config.vocab)
+    vocab, prefixes = target.config.vocab, prefixes or prefixes_of(target.config.vocab)
     chosen = outcomes(vocab, widths) if choice == "draw" else np.full((1, 1, 1), -1)
     noise = np.zeros((*chosen.shape[:2], vocab + 1), np.float32)  # the first chosen gets most, however improbable
     np.put_along_axis(noise, np.where(chosen < 0, vocab, chosen), 1e4 * (9.0 - np.arange(chosen.shape[2])), 2)
@@ -304,6 +312,80 @@ def test_ngrams(name):
     blocks = Blocks(prefixes, 3, 2)
     followed(blocks, tree, np.asarray(behind(target, knobs, prefixes, tree)))
     assert distance(blocks, target, knobs) < 1e-6
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("drafter", [Lookahead(2, 2, 0), Lookahead(2, 3, 2)], ids=["chain", "tree"])
+def test_lookahead(drafter, name):
+    """Later drafts are made of what was drawn behind drafts that were not kept, and no token gives that away.
+
+    A row for every way in which the second token and, behind each second token, the third may be drawn: the steps
+    look their draws up. What lies beyond is the most probable token.
+    """
+    target, knobs = pair(3)[0], knobs_of(name)
+    one, two, three = (plain_law(target, knobs, n) for n in (1, 2, 3))
+    ways = [(a, b, c) for a, b in TWO for c in itertools.product(range(3), repeat=3)]
+    rows, kept, end = [[*PROMPT, a] for a, _, _ in ways], 0, len(PROMPT) + 3
+    share = lambda text: three[text] / two[text[:2]] if two[text[:2]] else 1 / 3
+    weight = np.array([one[a,] * np.prod([share((a, x, c[x])) for x in range(3) if x != b]) for a, b, c in ways])
+    memory = drafter.init(target, types.SimpleNamespace(rows=rows), None)
+    while (live := np.array([len(row) < end for row in rows])).any():
+        draft, memory = drafter.propose(memory, Asked(rows, None, drafter.lengths[0], live))
+        texts = [tuple(row[len(PROMPT) : end]) for row in rows]
+        p = np.asarray(behind(target, knobs, texts, draft.tree), np.float64)
+        drawn = looked_up(draft.tree, p, texts, ways)
+        at = _follow(draft.tree, jnp.asarray(drawn))
+        path = np.asarray(_path_to(draft.tree, at))
+        for r in np.flatnonzero(live):
+            for node in path[r][path[r] >= 0]:
+                weight[r] *= p[r, node, drawn[r, node]] if len(rows[r]) < end else 1
+                rows[r].append(int(drawn[r, node]))
+        count = np.where(live, (path >= 0).sum(1) - 1, -1)
+        memory = drafter.accept(memory, types.SimpleNamespace(said=drawn, kept=count))
+        kept += np.maximum(count, 0).sum()
+    assert kept > 50
+    got = dict.fromkeys(three, 0.0)
+    for row, w in zip(rows, weight, strict=True):
+        got[tuple(row[len(PROMPT) : end])] += w
+    assert sum(abs(got[text] - p) for text, p in three.items()) / 2 < 1e-6
+
+
+TWO = list(itertools.product(range(3), repeat=2))
+
+
+def looked_up(tree: Tree, p: np.ndarray, texts, ways) -> np.ndarray:
+    """What is drawn behind each node i32 [R, N], by the `ways` (first, second, thirds) of the rows."""
+    drawn, tokens, parents = p.argmax(-1), np.asarray(tree.tokens), np.asarray(tree.parents)
+    for r, (text, (_, second, thirds)) in enumerate(zip(texts, ways, strict=True)):
+        lines = [text]
+        for n in range(1, tokens.shape[1]):
+            lines.append((*lines[parents[r, n]], int(tokens[r, n])))
+        for n, line in enumerate(lines):
+            if len(line) < 3 and line[-1] >= 0:
+                drawn[r, n] = second if len(line) == 1 else thirds[line[1]]
+    return drawn.astype(np.int32)
+
+
+def no_repeats(rows) -> np.ndarray:
+    """A mask: no token twice in a row, and 1 2 is followed by 0."""
+    allowed = np.ones((len(rows), 3), bool)
+    for line, row in zip(allowed, rows, strict=True):
+        line[list(row[-1:])] = False
+        line[1:] &= tuple(row[-2:]) != (1, 2)
+    return allowed
+
+
+@pytest.mark.parametrize("name", ["plain", "everything"])
+@pytest.mark.parametrize("shape", ["chain", "width 2"])
+def test_masks(shape, name):
+    """A constraint holds along every path of a tree whose drafts know nothing of it; not if asked once only."""
+    target, draft = pair(3)
+    knobs, prefixes = knobs_of(name), [c for c in prefixes_of(3) if len(c) < 2 or no_repeats([c[:-1]])[0, c[-1]]]
+    made, weight = drafted(target, draft, knobs, SHAPES[shape][1], prefixes=prefixes)
+    for allowed, exact in ((no_repeats, True), (lambda rows: no_repeats([row[:1] for row in rows]), False)):
+        blocks = Blocks(prefixes, 3, made.tree.deepest)
+        judged(blocks, made, behind(target, knobs, prefixes, made.tree, allowed), weight)
+        assert (distance(blocks, target, knobs, no_repeats) < 1e-6) == exact
 
 
 def test_a_mixed_tree():

@@ -2,16 +2,14 @@
 
 import dataclasses
 import json
-import math
-import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxllm
-from jaxllm import decode, layers, quant, sampling
+from jaxllm import decode, layers, sampling
+from jaxllm.draft_lookahead import Ahead, Lookahead
 from jaxllm.draft_model import DraftModel, early_exit
 from jaxllm.draft_ngram import NGram
 from jaxllm.errors import ContextError, JaxllmError, TokenizerError
@@ -19,7 +17,7 @@ from jaxllm.model import Model, bundled
 from jaxllm.spec_decode import Speculative
 from jaxllm.spec_length import Pace
 from tests import random_model
-from tests.random_model import CONFIGS
+from tests.random_model import CONFIGS, VOCAB
 
 WARM = sampling.sampler(temperature=0.9, top_p=0.95, repetition_penalty=1.2)
 
@@ -65,6 +63,75 @@ def test_ngrams(target, sampler, length):
         assert got.speculation.verifications > 0
 
 
+@pytest.mark.parametrize("sampler", [sampling.GREEDY, WARM], ids=["greedy", "warm"])
+@pytest.mark.parametrize("drafter", [Lookahead(3, 3, 2), Lookahead(4, 2, 0), Lookahead(1, 4, 0)], ids=str)
+def test_lookahead(target, drafter, sampler):
+    options = dict(max_new_tokens=24, sampler=sampler, key=jax.random.key(1), eos=())
+    rows = [r * 2 for r in ROWS]
+    want = decode.generate(target, rows, **options)
+    for length in (drafter.lengths[0], "auto"):
+        got = decode.generate(target, rows, **options, speculative=Speculative(drafter, length))
+        assert tokens(got) == tokens(want)
+        assert got.speculation.verifications > 0
+
+
+def test_lookahead_remembers_its_guesses():
+    """A cycle of four tokens that the text has not shown: guessed in the first round, known from then on."""
+    ahead, row, took = Ahead(4, 3, 2), [9, 1], []
+    for _ in range(8):
+        trie = ahead.tree(row)
+        said = [{1: 2, 2: 3, 3: 4, 4: 1}.get(token, 1) for token in trie.columns()[0]]
+        at, before = 0, len(row)
+        while at is not None:
+            row.append(said[at])
+            at = trie.nodes.get((at, said[at]))
+        took.append(len(row) - before)
+        ahead.refine(said, took[-1] - 1)
+    assert row[1:9] == [1, 2, 3, 4] * 2
+    assert (1, 2) in ahead.known[4]
+    assert took[0] == 1
+    assert min(took[-3:]) >= 3
+
+
+def banned(rows) -> np.ndarray:
+    """A constraint: after an even token no token that 3 divides, after an odd one no other."""
+    third = np.arange(VOCAB) % 3 == 0
+    return np.stack([third == bool(row and row[-1] % 2) for row in rows])
+
+
+@pytest.mark.parametrize("sampler", [sampling.GREEDY, WARM], ids=["greedy", "warm"])
+def test_masks(target, near, sampler):
+    """The callback is asked about drafts, but about no text that it forbade."""
+
+    def mask(rows):
+        for row in rows:
+            assert all(banned([row[:i]])[0, row[i]] for i in range(len(row)))
+        return banned(rows)
+
+    options = dict(max_new_tokens=14, sampler=sampler, key=jax.random.key(4), eos=(), mask=mask)
+    want = decode.generate(target, ROWS, **options)
+    drafters = [NGram(3, 3, 1), Lookahead(3, 3, 2), *(DraftModel(near, w, "couple") for w in WIDTHS.values())]
+    kept = 0
+    for drafter in drafters:
+        got = decode.generate(target, ROWS, **options, speculative=Speculative(drafter, drafter.lengths[-1]))
+        assert tokens(got) == tokens(want)
+        kept += sum(got.speculation.kept)
+    assert kept > 20
+    for length in (3, "auto"):
+        drawn = Speculative(DraftModel(near, WIDTHS["chain"]), length)
+        got = decode.generate(target, ROWS, **options, speculative=drawn)
+        mask([c.tokens for c in got])
+
+
+def test_a_mask_that_allows_nothing(target):
+    def nothing(rows):
+        return np.stack([np.full(VOCAB, len(row) < 5) for row in rows])
+
+    speculative = Speculative(Lookahead(3, 3, 2))
+    with pytest.raises(JaxllmError, match="nothing is allowed"):
+        decode.generate(target, ROWS, max_new_tokens=9, eos=(), mask=nothing, speculative=speculative)
+
+
 @pytest.mark.parametrize("choice", ["draw", "couple", "top"])
 @pytest.mark.parametrize("shape", WIDTHS)
 def test_a_draft_model(target, near, shape, choice):
@@ -87,8 +154,9 @@ def test_other_caches(name):
     options = dict(max_new_tokens=20, eos=(), prefill_chunk_size=4)
     want = tokens(decode.generate(model, ROWS, **options))
     draft = model_of("full", 1)
-    drafters = [NGram(3, 2, 1), DraftModel(draft, (1, 1))]
+    drafters = [NGram(3, 2, 1), Lookahead(3, 2, 0), DraftModel(draft, (1, 1))]
     if name != "recurrent":
+        drafters.append(Lookahead(2, 3, 2))
         drafters.append(DraftModel(draft if name == "learned" else model, (2, 1)))
     for drafter in drafters:
         speculative = Speculative(drafter, drafter.lengths[-1])
@@ -203,6 +271,8 @@ def test_one_trace_for_every_length(target, near, monkeypatch):
         (lambda m: Speculative(DraftModel(m, (2, 2)), 1), "drafts 2 tokens ahead"),
         (lambda m: Speculative(NGram(3), rule="quick"), "'exact' or 'typical'"),
         (lambda m: NGram(0), "length >= 1"),
+        (lambda m: Lookahead(0), "window >= 1"),
+        (lambda m: Lookahead(ngram=1), "ngram >= 2"),
         (lambda m: NGram(longest=1), "shortest <= longest"),
         (lambda m: DraftModel(m, ()), "widths"),
         (lambda m: DraftModel(m, (0,)), "widths"),
@@ -218,8 +288,7 @@ def test_what_cannot_be(target, make, says):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (dict(mask=lambda rows: np.ones((1, 48), bool)), "mask"),
-        (dict(overflow="clear"), "overflow='clear'"),
+        (dict(overflow="clear"), "overflow='clear', which would forget"),
         (dict(steps=2), "steps: leave one out"),
     ],
 )
@@ -259,113 +328,3 @@ def test_another_tokenizer_is_refused(tmp_path):
     other = jaxllm.load(folder)
     with pytest.raises(TokenizerError, match="others than the target's \\(4 differ"):
         decode.generate(model, "x", max_new_tokens=3, speculative=Speculative(DraftModel(other)))
-
-
-# ---- the bundled pair -----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def pair() -> tuple[Model, Model]:
-    return jaxllm.load(), jaxllm.load(bundled("draft"))
-
-
-def drafters(target: Model, draft: Model) -> dict:
-    return {
-        "ngram": NGram(6),
-        "draft": DraftModel(draft, (1,) * 4),
-        "tree": DraftModel(draft, (2, 2, 1)),
-        "copy": DraftModel(quant.quantize_model(target, "q4bf16_1"), (1,) * 3),
-        "exit": DraftModel(early_exit(target, 4), (1, 1)),
-    }
-
-
-def prompts(target: Model, count: int) -> list[list[int]]:
-    """Pieces of Python of 8 to 40 tokens."""
-    ids = target.tokenizer.encode(pathlib.Path(json.decoder.__file__).read_text())
-    rng = np.random.default_rng(5)
-    return [ids[at : at + rng.integers(8, 40)] for at in rng.integers(0, len(ids) - 40, count)]
-
-
-def agrees(pair, kind: str, count: int, batch: int) -> None:
-    target, draft = pair
-    drafter, rows = drafters(target, draft)[kind], prompts(target, count)
-    speculative = Speculative(drafter, drafter.lengths[-1])
-    for i in range(0, count, batch):
-        options = dict(max_new_tokens=32, eos=(), max_len=96)
-        want = decode.generate(target, rows[i : i + batch], **options)
-        got = decode.generate(target, rows[i : i + batch], **options, speculative=speculative)
-        assert tokens(got) == tokens(want)
-
-
-@pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize("kind", ["ngram", "draft", "tree", "copy", "exit"])
-def test_greedy(built, pair, kind, batch):
-    agrees(pair, kind, 8 if batch == 1 else 16, batch)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize("kind", ["ngram", "draft", "tree", "copy", "exit"])
-def test_greedy_of_a_thousand(built, pair, kind, batch):
-    agrees(pair, kind, 1000, batch)
-
-
-HOT = sampling.sampler(temperature=1.2, top_k=3, frequency_penalty=0.3)
-
-
-def law(target: Model, prompt: list[int], horizon: int) -> dict[tuple[int, ...], float]:
-    """The probability of every continuation, from plain forwards."""
-    found = {(): 1.0}
-    for n in range(horizon):
-        before = list(found)
-        logits = jax.jit(layers.forward, static_argnums=0)(
-            target.config, target.params, jnp.array([[*prompt, *c] for c in before])
-        )[0][:, -1]
-        context = sampling.init_context(HOT, target.config.vocab, [prompt] * len(before))
-        for i in range(n):
-            context = sampling.observe(context, jnp.array([c[i] for c in before]), jnp.ones(len(before), bool))
-        probs = np.exp(np.asarray(HOT.distribution(logits, context), np.float64))
-        found = {
-            (*c, int(v)): found[c] * p[v] for c, p in zip(before, probs, strict=True) for v in np.flatnonzero(p)
-        }
-    return found
-
-
-def surprise(pair, widths, times: int, rows: int) -> float:
-    """Standard deviations by which chi-square of times * rows sampled continuations exceeds its expectation."""
-    target, draft = pair
-    prompt = target.tokenizer.encode("def add(")
-    want = law(target, prompt, 3)
-    speculative = Speculative(DraftModel(draft, widths), len(widths))
-    counts = dict.fromkeys(want, 0)
-    for time in range(times):
-        made = decode.generate(
-            target,
-            prompt,
-            max_new_tokens=3,
-            eos=(),
-            n=rows,
-            sampler=HOT,
-            key=jax.random.key(time),
-            speculative=speculative,
-        )
-        for c in made:
-            counts[c.tokens] += 1  # a KeyError is a token that cannot be
-    expected = times * rows * np.array(list(want.values()))
-    seen, common = np.array(list(counts.values())), expected >= 5
-    cells = [(seen[common], expected[common]), ([seen[~common].sum()], [expected[~common].sum()])]
-    seen, expected = (np.concatenate(part) for part in zip(*cells, strict=True))
-    square, free = np.sum((seen - expected) ** 2 / np.maximum(expected, 1e-9)), len(seen) - 1
-    return ((square / free) ** (1 / 3) - (1 - 2 / (9 * free))) / math.sqrt(2 / (9 * free))  # Wilson and Hilferty
-
-
-@pytest.mark.parametrize("widths", [(1, 1, 1), (3, 1)], ids=str)
-def test_sampled_continuations(pair, widths):
-    """Chi-square of 600 against the exact law of three tokens."""
-    assert abs(surprise(pair, widths, 2, 300)) < 3.5
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("widths", [(1, 1, 1), (3, 1), (2, 2)], ids=str)
-def test_sampled_continuations_in_number(pair, widths):
-    assert abs(surprise(pair, widths, 200, 500)) < 3.5

@@ -57,9 +57,12 @@ MAY_IMPORT = {
     "spec_length": "",
     "feature_head": "basics config layers state",
     "head_files": "checkpoint config errors families feature_head files model",
-    "spec_decode": "config decode errors generation layers model reading sampling spec_length spec_verify state",
+    "spec_decode": "config decode errors generation layers model reading sampling spec_length spec_mask"
+    " spec_verify state",
     "draft_ngram": "decode errors model reading spec_decode spec_verify",
     "draft_grow": "config errors layers sampling spec_verify state",
+    "spec_mask": "sampling spec_verify",
+    "draft_lookahead": "decode errors model reading spec_decode spec_verify",
     "draft_model": "decode draft_grow errors model prompts reading sampling spec_decode spec_verify state",
     "draft_medusa": "basics checkpoint config decode draft_grow errors layers model ops reading sampling "
     "spec_decode spec_verify",

@@ -38,7 +38,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     guessers = ("--draft", "--medusa", "--eagle")
     add(*guessers, metavar="OF", nargs="?", help="guess ahead with a model or heads (default: bundled)")
     add("--self", metavar="N", nargs="?", type=whole, help="with N own layers (default: a 4-bit copy)")
-    add("--ngram", "--mtp", nargs=0, help="with what was said before; with its own predictor")
+    add("--ngram", "--lookahead", "--mtp", nargs=0, help="with what was said, own guesses, own predictor")
 
 
 def make(args: argparse.Namespace, model: Model) -> Speculative | None:
@@ -55,6 +55,10 @@ def _drafter(name: str, value: Any, model: Model, args: argparse.Namespace) -> D
         from jaxllm.draft_ngram import NGram
 
         return NGram()
+    if name == "lookahead":
+        from jaxllm.draft_lookahead import Lookahead
+
+        return Lookahead()
     if name == "medusa":
         from jaxllm.draft_medusa import load_medusa
 

@@ -150,7 +150,12 @@ class Team {
     for (int64_t i = 0; i < helpers; ++i) {
       Seats::Task task = [job, &piece] { job->work(piece); };
       if (Seats::hand(task)) continue;
+      // Where the cores are busy, helpers come late. One that finds no work left waits for the next kernel's, so
+      // no more of them are called than could work at once: each would linger, in the way of whatever comes then.
+      if (coming().load(std::memory_order_relaxed) >= helpers) continue;
+      coming().fetch_add(1, std::memory_order_relaxed);
       pool_.Schedule([task] {
+        coming().fetch_sub(1, std::memory_order_relaxed);
         task();
         Seats::wait();
       });
@@ -160,6 +165,12 @@ class Team {
   }
 
  private:
+  // Helpers that were called and have not begun.
+  static std::atomic<int64_t>& coming() {
+    static auto* count = new std::atomic<int64_t>{0};
+    return *count;
+  }
+
   xla::ffi::ThreadPool pool_;
   int64_t size_;
 };
