@@ -9,7 +9,7 @@ from typing import Any
 from jaxllm.commands import common
 from jaxllm.model import DTYPES
 
-USAGE = "MODEL --target T --out DIR [options] | verify DIR | --target list"
+USAGE = "MODEL --target T --out DIR [options] | verify DIR"
 SUMMARY = "programs and weights that run without jaxllm"
 DESCRIPTION = "Write a checkpoint for a target's runtime, and believe it once a fresh process has run it."
 MLC = {  # MLC-LLM's names, which are taken, too
