@@ -557,6 +557,8 @@ def test_other_refusals(tmp_path, monkeypatch):
         build.export(model_of(), "tpu", tmp_path / "out")
     with pytest.raises(ConfigError, match="there is no weight format 'q5'"):
         build.export(model_of(), "stablehlo", tmp_path / "out", format="q5")
+    with pytest.raises(ConfigError, match="a Model has its dtype already"):
+        build.export(model_of(), "stablehlo", tmp_path / "out", dtype="float16")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(CheckpointError, match="exists already"):

@@ -9,12 +9,15 @@ from typing import Any
 from jaxllm.commands import common
 from jaxllm.model import DTYPES
 
-USAGE = "MODEL --target T --out DIR [options] | verify DIR | --target list"
+USAGE = "MODEL --target T --out DIR [options] | verify DIR"
 SUMMARY = "programs and weights that run without jaxllm"
-DESCRIPTION = (
-    "Turn a checkpoint into a directory that a target's runtime takes, run it in a fresh process, compare it with "
-    "the live model, and only then give it its name. `verify DIR` runs one again."
-)
+DESCRIPTION = "Write a checkpoint for a target's runtime, and believe it once a fresh process has run it."
+MLC = {  # MLC-LLM's names, which are taken, too
+    "--context": "--context-window-size",
+    "--chunk": "--prefill-chunk-size",
+    "--window": "--sliding-window-size",
+    "--sinks": "--attention-sink-size",
+}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,27 +25,26 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "source", metavar="MODEL", nargs="?", help="checkpoint folder, file or hub id, or `verify`"
     )
     parser.add_argument("folder", metavar="DIR", nargs="?", help="after verify: what was exported")
-    parser.add_argument("--target", metavar="T", help="what to make; list: all of them and what they need")
+    parser.add_argument("--target", metavar="T", help="what to make; list: all, and what they need")
     parser.add_argument("--out", metavar="DIR", help="the directory to write; it may not exist yet")
     parser.add_argument("--platform", metavar="P", help="of the target (default: its first)")
-    parser.add_argument("--format", metavar="NAME", help="quantize on the way, as `jaxllm quantize` does")
+    parser.add_argument("--format", metavar="NAME", help="quantize on the way, as `quantize` does")
     parser.add_argument("--dtype", metavar="TYPE", choices=DTYPES, help="of the rest and of activations")
-    for names, help in (
-        (("--context", "--context-window-size"), "tokens of a row (default: the model's, up to 4096)"),
-        (("--chunk", "--prefill-chunk-size"), "tokens a prefill takes (default: 256)"),
-        (("--window", "--sliding-window-size"), "newest tokens to keep; length is then unlimited"),
+    for name, kind, usual, help in (
+        ("--context", common.whole, None, "tokens of a row (default: up to 4096)"),
+        ("--chunk", common.whole, None, "tokens a prefill takes (default: 256)"),
+        ("--window", common.whole, None, "newest tokens to keep, without a context"),
+        ("--sinks", common.count, 0, "first tokens that a window keeps"),
     ):
-        parser.add_argument(*names, metavar="N", type=common.whole, dest=names[0][2:], help=help)
-    parser.add_argument(
-        *("--sinks", "--attention-sink-size"), metavar="N", type=common.count, default=0, dest="sinks",
-        help="first tokens that a window keeps (default: 0)",
-    )  # fmt: skip
+        parser.add_argument(name, metavar="N", type=kind, default=usual, help=help)
+        parser.add_argument(MLC[name], metavar="N", type=kind, dest=name[2:], help=argparse.SUPPRESS)
     parser.add_argument("--batch", metavar="B", type=common.whole, default=1, help="rows (default: 1)")
     parser.add_argument(
         "--sampler",
+        metavar="S",
         choices=("logits", "in-graph"),
         default="logits",
-        help="what programs give: logits, or a token",
+        help="logits, or in-graph: a token",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object")
 

@@ -13,7 +13,7 @@ from typing import Any
 from jaxllm import quant
 from jaxllm.checkpoint.source import open_source
 from jaxllm.config import ModelConfig, params_shape
-from jaxllm.errors import CheckpointError, MissingExtraError
+from jaxllm.errors import CheckpointError, ConfigError, MissingExtraError
 from jaxllm.export import manifest as manifests
 from jaxllm.export import verification
 from jaxllm.export.options import Options, settled
@@ -65,6 +65,10 @@ def export(
     options = replace(options, platform=options.platform or next(iter(made.platforms), None))
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise CheckpointError(f"{out} exists already; give a new folder, or delete this one first")
+    if isinstance(source, Model) and dtype is not None:
+        raise ConfigError(
+            f"dtype={dtype!r} is for checkpoints; a Model has its dtype already, load it with another"
+        )
     config, values = _described(source)
     planned = manifests.formats_of(source) if isinstance(source, Model) else {}
     options = settled(options, config)
@@ -116,7 +120,7 @@ def _loaded(source, format: str | None, dtype: str | None, part: pathlib.Path) -
     quantize_files(source, folder, format=format, dtype=dtype)
     model = load(folder)
     shutil.rmtree(folder)
-    return replace(model, name=pathlib.Path(source).name if source else "target", folder=None)
+    return replace(model, name=find_files(source).name, folder=None)
 
 
 def _written(target: Target, model: Model, options: Options, part: pathlib.Path, advance) -> dict[str, Any]:

@@ -22,8 +22,7 @@ from jaxllm.export.program import Program
 from jaxllm.export.target import ALLOWED, Built, Formats, Job, Target, Values
 
 FILE = "model.gguf"
-# Of the largest logit: llama.cpp rounds activations to 8 bits before it multiplies packed weights, and looks gelu up
-# in a table of float16.
+# Of the largest logit: llama.cpp rounds activations to 8 bits for packed weights, and tabulates gelu in float16.
 PACKED, TABLE = 5e-2, 1e-3
 
 

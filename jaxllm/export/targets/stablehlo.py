@@ -11,10 +11,10 @@ import importlib.util
 import pathlib
 import shutil
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import Any
 
 import jax
-import jaxlib
 import numpy as np
 from jax import export
 
@@ -48,7 +48,7 @@ def versions() -> dict[str, str]:
     """Of what writes the programs."""
     return {
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
+        "jaxlib": version("jaxlib"),
         "calling_convention": str(export.maximum_supported_calling_convention_version),
         "stablehlo": _stablehlo_version(),
     }
