@@ -343,14 +343,55 @@ void strip(const Panels& p, const void* packed, Span m, const Part& part, const 
   blocks<Kind>(p, packed, m, part, Rows<Kind>{memory.strip}, by, sums);
 }
 
+#if defined(__AVX512F__)
+
+// R rows of x against a strip of bf16 that lies whole, one row of it after the other: where reading goes straight on
+// the processor fetches ahead by itself, better than it can be told to where four rows are read at once.
+template <int R>
+void read_straight(const Half* x, const Half* w, int64_t columns, int64_t row, float* to) {
+  constexpr int64_t kBlocks = 32 / R;  // whose sums are kept before their lanes are added
+  Sums<R> sums[kBlocks];
+  for (int64_t k0 = 0; k0 < columns; k0 += kBlocks * kBlock) {
+    const int64_t end = least(k0 + kBlocks * kBlock, columns);
+    for (int64_t j = 0; j < kColumns; ++j)
+      for (int64_t k = k0; k < end; k += kBlock) {
+        V part[R];
+        for (int i = 0; i < R; ++i) part[i] = set(0);
+        for (int64_t s = k; s < least(k + kBlock, end); s += Pairs::kStep) {
+          const __m512i right = Pairs::w(w + j * row + s);
+          for (int i = 0; i < R; ++i) part[i] = Pairs::dot(part[i], Pairs::x(x + s * R + i * Pairs::kStep), right);
+        }
+        for (int i = 0; i < R; ++i) sums[(k - k0) / kBlock][i][j] = part[i];
+      }
+    for (int64_t k = k0; k < end; k += kBlock) add_lanes<R>(sums[(k - k0) / kBlock], k > 0, to);
+  }
+}
+
+// The same of rows n to n + rows of w; how many of them it was. From three rows of x on, reading them anew for every
+// row of w takes longer than w's way from memory.
+int64_t straight(const Panels& p, const void* packed, const Weights& w, int64_t n, int64_t rows, float* sums) {
+  if (p.m > 2 || w.type != Stored::kBF16 || p.k % Pairs::kStep != 0) return 0;
+  const auto read = p.m == 1 ? read_straight<1> : read_straight<2>;
+  int64_t i = 0;
+  for (; i + kColumns <= rows; i += kColumns, sums += kRowsAtOnce * kColumns)
+    read(static_cast<const Half*>(packed), static_cast<const Half*>(w.data) + (n + i) * w.row, p.k, w.row, sums);
+  return i;
+}
+
+#endif
+
 // sums [strips, m1 - m0, 4] of rows n to n + rows of w.
 template <typename Kind>
 void sum(const Panels& p, const void* packed, Span m, const Weights& w, int64_t n, int64_t rows, const Memory& memory,
          float* sums) {
   const bool in_cache = (m.m1 - m.m0) * p.k * static_cast<int64_t>(sizeof(typename Kind::Value)) <= kInCache;
   const int64_t at_once = in_cache ? p.k : kBlock, each = up(m.m1 - m.m0, kRowsAtOnce) * kColumns;
+  int64_t done = 0;
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<Kind, Pairs>) done = straight(p, packed, w, n, rows, sums);
+#endif
   for (int64_t k0 = 0; k0 < p.k; k0 += at_once)
-    for (int64_t i = 0; i < rows; i += kColumns)
+    for (int64_t i = done; i < rows; i += kColumns)
       for (int64_t k = k0; k < least(k0 + at_once, p.k); k += kBlock) {
         const Part part{w, n + i, least(kColumns, rows - i), k, least(kBlock, p.k - k)};
         strip<Kind>(p, packed, m, part, memory, sums + i / kColumns * each);
