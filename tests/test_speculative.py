@@ -12,6 +12,7 @@ import pytest
 
 import jaxllm
 from jaxllm import decode, layers, quant, sampling
+from jaxllm.draft_medusa import load_medusa
 from jaxllm.draft_model import DraftModel, early_exit
 from jaxllm.draft_ngram import NGram
 from jaxllm.errors import ContextError, JaxllmError, TokenizerError
@@ -276,6 +277,7 @@ def drafters(target: Model, draft: Model) -> dict:
         "tree": DraftModel(draft, (2, 2, 1)),
         "copy": DraftModel(quant.quantize_model(target, "q4bf16_1"), (1,) * 3),
         "exit": DraftModel(early_exit(target, 4), (1, 1)),
+        "medusa": load_medusa(bundled("medusa"), target),
     }
 
 
@@ -298,14 +300,14 @@ def agrees(pair, kind: str, count: int, batch: int) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize("kind", ["ngram", "draft", "tree", "copy", "exit"])
+@pytest.mark.parametrize("kind", ["ngram", "draft", "tree", "copy", "exit", "medusa"])
 def test_greedy(built, pair, kind, batch):
     agrees(pair, kind, 8 if batch == 1 else 16, batch)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize("kind", ["ngram", "draft", "tree", "copy", "exit"])
+@pytest.mark.parametrize("kind", ["ngram", "draft", "tree", "copy", "exit", "medusa"])
 def test_greedy_of_a_thousand(built, pair, kind, batch):
     agrees(pair, kind, 1000, batch)
 
