@@ -18,6 +18,7 @@ import pytest
 import jaxllm
 from jaxllm import decode, layers, quant, sampling, spec_verify
 from jaxllm.draft_lookahead import Lookahead
+from jaxllm.draft_medusa import load_medusa
 from jaxllm.draft_model import DraftModel, early_exit
 from jaxllm.draft_ngram import NGram
 from jaxllm.model import Model, bundled
@@ -30,6 +31,7 @@ KINDS = {
     "tree": lambda target, draft: DraftModel(draft, (2, 2, 1)),
     "copy": lambda target, draft: DraftModel(quant.quantize_model(target, "q4bf16_1"), (1,) * 3),
     "exit": lambda target, draft: DraftModel(early_exit(target, 4), (1, 1)),
+    "medusa": lambda target, draft: load_medusa(bundled("medusa"), target),
 }
 GREEDY = dict(max_new_tokens=32, eos=(), max_len=96)
 
