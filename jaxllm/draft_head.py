@@ -69,19 +69,9 @@ class DraftHead:
 
         Raises JaxllmError where the head was made for another width or vocabulary, ContextError as `new_state`."""
         self._check(target)
-        P, C = found.features[0].shape[:2]
+        P = len(found.features[0])
         times = len(plan.rows) // P
-        prompts = plan.rows[::times]
-        config, params = self.head.config, self.head.params
-        spare = max(draft_grow.most_fed(self.shape), draft_grow.deepest(self.shape)) + 1
-        chunk = min(max(C, CHUNK, spare), config.model.max_len)
-        alone = Model(config.model, params, name=self.head.name)
-        state = new_state(alone, prompts, plan.new_tokens, chunk, spare=spare, **plan.room)
-        for at, features in _pieces(found.features, state.chunk):
-            tokens = [row[at + 1 : at + 1 + features.shape[1]] for row in prompts]
-            args = (state, padded(tokens, features.shape[1]), features, _lengths(tokens))
-            state = extend(config, params, *args)
-        last = _last(found.features, _lengths(prompts))
+        state, last = self._read(plan, plan.rows[::times], found)
         if times > 1:
             state, last = select_rows(state, np.repeat(np.arange(P), times)), np.repeat(last, times, 0)
         held, one = _lengths(plan.rows) - 1, np.ones(len(plan.rows), np.int32)
@@ -89,6 +79,19 @@ class DraftHead:
         if sampler.greedy:
             sampler, choice = Sampler(sampler.steps[:-1]), "top"
         return Memory(state, held, ((last[:, None], one),), sampler, choice)
+
+    def _read(self, plan: Plan, prompts: Sequence[Sequence[int]], found: Read) -> tuple[State, np.ndarray]:
+        """(a state with all of each prompt but the first token, the target's features [P, W] of the last)."""
+        config, params = self.head.config, self.head.params
+        spare = max(draft_grow.most_fed(self.shape), draft_grow.deepest(self.shape)) + 1
+        chunk = min(max(found.features[0].shape[1], CHUNK, spare), config.model.max_len)
+        alone = Model(config.model, params, name=self.head.name)
+        state = new_state(alone, prompts, plan.new_tokens, chunk, spare=spare, **plan.room)
+        for at, features in _pieces(found.features, state.chunk):
+            tokens = [row[at + 1 : at + 1 + features.shape[1]] for row in prompts]
+            args = (state, padded(tokens, features.shape[1]), features, _lengths(tokens))
+            state = extend(config, params, *args)
+        return state, _last(found.features, _lengths(prompts))
 
     def _check(self, target: Model) -> None:
         config, wide = self.head.config, len(self.features) * target.config.width

@@ -10,7 +10,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ import numpy as np
 from jaxllm.checkpoint.canonical import Values, assemble, flatten
 from jaxllm.checkpoint.safetensors import PICKLES
 from jaxllm.checkpoint.source import open_source
-from jaxllm.config import MLA, Attention, ModelConfig
+from jaxllm.config import MLA, Attention, Block, ModelConfig
 from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.families import model_config
 from jaxllm.families.base import Family, Rule
@@ -103,7 +103,7 @@ def _refuse_pickles(folder: pathlib.Path) -> None:
 def describe_eagle(
     values: Mapping[str, Any],
     family: Family,
-    names: Any,
+    names: Container[str],
     target: ModelConfig,
     *,
     layers: tuple[int, ...] | None = None,
@@ -117,28 +117,32 @@ def describe_eagle(
     own = dataclasses.replace(own, max_len=max(own.max_len, target.max_len), dtype=target.dtype)
     beside = MARK in names
     _check_eagle(own, values, target, beside)
-    block = own.blocks[0]
-    biased = {name: f"model.layers.0.self_attn.{name}_proj.bias" in names for name in "qo"}
-    mixer = dataclasses.replace(block.mixer, qkv_bias=biased["q"], out_bias=biased["o"])
-    block = dataclasses.replace(block, mixer=mixer)
-    ends = _own_head(own) if "lm_head.weight" in names else _shared_head(own, target)
+    first = _biased(own.blocks[0], names)
+    model, W = _ends(own, values, names, target), target.width
+    if not beside:
+        blocks = (dataclasses.replace(first, pre="ffn"), *own.blocks[1:])
+        model = dataclasses.replace(model, blocks=blocks, embed_norm=None)
+        return HeadConfig(model, target.vocab, ("norm",), W, bias="model.fc.bias" in names)
+    model = dataclasses.replace(model, blocks=(first,), embed_norm=own.norm)
+    reads = tuple(f"layers.{i}.in" for i in layers or _aux_layers(len(target.blocks)))
+    join = dict(join="beside", reduced=True, final="said")
+    return HeadConfig(model, target.vocab, reads, len(reads) * W, **join)
+
+
+def _biased(block: Block, names: Container[str]) -> Block:
+    """The layer, its attention with those biases that there are."""
+    has = {name: f"model.layers.0.self_attn.{name}_proj.bias" in names for name in "qo"}
+    return dataclasses.replace(block, mixer=dataclasses.replace(block.mixer, qkv_bias=has["q"], out_bias=has["o"]))
+
+
+def _ends(own: ModelConfig, values: Mapping[str, Any], names: Container[str], target: ModelConfig) -> ModelConfig:
+    """The head's config with its own projection, or with the target's where the files have none."""
     vocab = values.get("draft_vocab_size") or target.vocab
-    ends = dataclasses.replace(ends, vocab=vocab if "lm_head.weight" in names else target.vocab)
-    if beside:
-        model = dataclasses.replace(ends, blocks=(block,), embed_norm=own.norm)
-        reads = layers or _aux_layers(len(target.blocks))
-        return HeadConfig(
-            model,
-            target.vocab,
-            tuple(f"layers.{i}.in" for i in reads),
-            len(reads) * target.width,
-            join="beside",
-            reduced=True,
-            final="said",
-        )
-    first = dataclasses.replace(block, pre="ffn")
-    model = dataclasses.replace(ends, blocks=(first, *own.blocks[1:]), embed_norm=None)
-    return HeadConfig(model, target.vocab, ("norm",), target.width, bias="model.fc.bias" in names)
+    if "lm_head.weight" in names:
+        return dataclasses.replace(_own_head(own), vocab=vocab)
+    if vocab != target.vocab:
+        raise ConfigError(f"a head of {vocab} tokens needs a projection of its own, and lm_head.weight is missing")
+    return dataclasses.replace(_shared_head(own, target), vocab=vocab)
 
 
 def _check_eagle(own: ModelConfig, values: Mapping[str, Any], target: ModelConfig, beside: bool) -> None:

@@ -233,6 +233,7 @@ def test_what_is_saved_is_read(target, tmp_path):
         (EAGLE, dict(residual_trick=True), "residual_trick=True is not understood"),
         (EAGLE, dict(model_type="mamba"), "."),
         (EAGLE_3, dict(num_hidden_layers=2), "one layer where"),
+        (EAGLE, dict(draft_vocab_size=20), "a head of 20 tokens needs a projection of its own"),
         (EAGLE_3, dict(draft_vocab_size=99), "draft_vocab_size should be a whole number from 1 to 48"),
     ],
 )
