@@ -82,9 +82,9 @@ def heads(target: Model, widths: Sequence[int] = (3, 2, 1)) -> dict[str, Any]:
         found[f"Medusa, tree {widths}"] = load_medusa(folder / "medusa", target, choices=choices_of(widths))
     if (folder / "eagle").is_dir():
         from jaxllm.draft_head import DraftHead
-        from jaxllm.heads_eagle import load_head
+        from jaxllm.head_files import load_eagle
 
-        head = load_head(folder / "eagle", target)
+        head = load_eagle(folder / "eagle", target)
         found["EAGLE, grown tree"] = DraftHead(head)
         found[f"EAGLE, tree {widths}"] = DraftHead(head, tuple(widths))
     return found
