@@ -55,7 +55,10 @@ def parser() -> argparse.ArgumentParser:
         epilog="jaxllm COMMAND --help says what a command takes.",
         formatter_class=formatter,
         allow_abbrev=False,
+        add_help=False,
     )
+    # Whoever reads this line in the help has found it.
+    top.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
     top.add_argument("--version", action="version", version=f"jaxllm {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", prog="jaxllm", required=True)
     for name, module in COMMANDS.items():
@@ -68,7 +71,6 @@ def parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
             add_help=False,
         )
-        # Whoever reads this line in the help has found it.
         command.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
         module.arguments(command)
         command.set_defaults(run=module.run, fail=command.error)
