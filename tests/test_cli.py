@@ -289,8 +289,8 @@ def streamed(monkeypatch):
 
 
 def test_chat_keeps_the_conversation_and_its_cache(run, talker, typed, streamed, monkeypatch):
-    computed, true = [], decode.prefill
-    monkeypatch.setattr(decode, "prefill", lambda m, rows, s: computed.append(len(rows[0])) or true(m, rows, s))
+    computed, true = [], decode.read
+    monkeypatch.setattr(decode, "read", lambda m, rows, *to: computed.append(len(rows[0])) or true(m, rows, *to))
     typed("Hello there\n\nAnd then?\n/exit\nnever read\n")
     code, out, err = run("chat", "--model", talker, "--system", "Be brief.", "--max-new-tokens", 8)
     assert (code, err) == (0, "")

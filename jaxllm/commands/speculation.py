@@ -37,7 +37,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """What guesses ahead, one at most."""
     add = partial(parser.add_argument, dest="guess", action=Guess, default=None)
     guessers = ("--draft", "--medusa", "--eagle")
-    add(*guessers, metavar="OF", nargs="?", help="guess ahead with a model or heads (bundled: not eagle)")
+    add(*guessers, metavar="OF", nargs="?", help="guess ahead with a model or heads (default: bundled)")
     add("--self", metavar="N", nargs="?", type=whole, help="with N own layers (default: a 4-bit copy)")
     add("--ngram", "--mtp", nargs=0, help="with what was said; own predictor (or --lookahead)")
     add("--lookahead", nargs=0, help=argparse.SUPPRESS)  # its help stands above: all of it has to fit a screen
@@ -86,7 +86,9 @@ def _head(name: str, value: str | None, model: Model, args: argparse.Namespace) 
     if name == "mtp":
         return DraftHead(load_predictor(args.model, model), (1,) * 4, "couple")
     if value is None:
-        raise CheckpointError("no EAGLE heads ship with jaxllm; name a folder of them, or train some (train-heads)")
+        raise CheckpointError(
+            "no EAGLE heads ship with jaxllm; name a folder of them, or train some (train-heads)"
+        )
     head = load_eagle(value, model)
     return DraftHead(head) if trees_fit(model.config) else DraftHead(head, (1,) * 4, "couple")
 
