@@ -369,18 +369,25 @@ class Run:
         return seen
 
     def _advance(self, steps: int) -> Iterator[tuple[Emitted, State]]:
-        """Plain steps, the device one ahead of the host where it may be."""
+        """Plain steps, the device one program ahead of the host where it may be."""
+        free, together = self.plan.free, self.plan.steps if self.plan.free else 1
+        programs = [together] * (steps // together) + [1] * (steps % together)
+        many = self._plainly(programs[0])
+        for size in [*programs[1:], 0]:
+            now = many
+            if size and free:
+                many = self._plainly(size)
+            yield from self._emit(now)
+            if size and not free:
+                many = self._plainly(size)
+
+    def _plainly(self, steps: int) -> Emitted:
+        """So many plain steps in one program."""
         model, plan = self.model, self.plan
         args = (model.config, model.params, plan.sampler, plan.top)
-        self.carry, many = decode.advance(*args, self.carry)
-        for left in range(steps - 1, -1, -1):
-            now = many
-            if left and plan.free:
-                self.carry, many = decode.advance(*args, self.carry)
-            self.plain += 1
-            yield from self._emit(now)
-            if left and not plan.free:
-                self.carry, many = decode.advance(*args, self.carry)
+        self.carry, many = decode.advance(*args, self.carry, steps=steps)
+        self.plain += steps
+        return many
 
     def _emit(self, many: Emitted) -> Iterator[tuple[Emitted, State]]:
         for out in decode.unstacked(jax.device_get(many)):
