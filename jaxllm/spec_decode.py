@@ -72,8 +72,8 @@ class Drafter(Protocol):
         """A tree behind the newest tokens (None: nothing to propose), and what it remembers now."""
 
     def accept(self, memory: Any, seen: Verified) -> Any:
-        """After verification. One that reads features is told of every token: of plain steps as well, in which
-        the newest token stood alone (path [B, 1])."""
+        """After verification. One that reads features is told of plain steps as well, in which the newest token
+        stood alone (path [B, 1]): of each with `whole_prompt`, else of the last before the next draft."""
 
 
 # ---- one verification -----------------------------------------------------------------------------------
@@ -350,14 +350,15 @@ class Run:
 
     def _without(self, live: np.ndarray, began: float) -> Iterator[tuple[Emitted, State]]:
         """Plain decoding for a while: as long as the drafter rests, or one step."""
-        if self.drafter.features or self.plan.mask is not None or not live.all():
-            seen = self._alone(live)
-            yield from self._emit(seen.emitted)
-            self.pace.plain(1, time.perf_counter() - began)
-            return
-        wanted = int((self.ends - np.fromiter(map(len, self.rows), int)).min())
-        steps = min(max(self.pace.resting, 1), wanted)
-        yield from self._advance(steps)
+        told = bool(self.drafter.features)  # of the last step at least
+        steps = 1
+        if live.all() and self.plan.mask is None and not (told and self.drafter.whole_prompt):
+            wanted = int((self.ends - np.fromiter(map(len, self.rows), int)).min())
+            steps = min(max(self.pace.resting, 1), wanted)
+            if steps > told:
+                yield from self._advance(steps - told)
+        if told or not live.all() or self.plan.mask is not None:
+            yield from self._emit(self._alone(live).emitted)
         self.pace.plain(steps, time.perf_counter() - began)
 
     def _alone(self, live: np.ndarray) -> Verified:
