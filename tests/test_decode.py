@@ -176,7 +176,7 @@ def test_a_prefix_is_reused_and_stays_valid(model, batch):
     first = decode.generate(model, PROMPTS[1], max_new_tokens=8, eos=())
     ids = [*first[0].prompt_tokens, *first[0].tokens]
     calls = []
-    inner = decode.prefill
+    inner = decode.read
     longer = [*ids, 5, 6, 7]
     want = decode.generate(model, longer, max_new_tokens=6, eos=())[0].tokens
     for _ in range(2):
@@ -186,7 +186,7 @@ def test_a_prefix_is_reused_and_stays_valid(model, batch):
     want = decode.generate(model, other, max_new_tokens=6, eos=())[0].tokens
     monkey = pytest.MonkeyPatch()
     with monkey.context() as m:
-        m.setattr(decode, "prefill", lambda model, rows, state: calls.append(rows) or inner(model, rows, state))
+        m.setattr(decode, "read", lambda model, rows, *to: calls.append(rows) or inner(model, rows, *to))
         assert decode.generate(model, other, max_new_tokens=6, eos=(), prefix=first.prefix)[0].tokens == want
     assert calls == [[[11, 12]]]
 

@@ -119,13 +119,16 @@ def test_an_export_generates_what_the_live_model_does(kind, tmp_path):
     export, artifact = made(model, tmp_path / kind, options)
     record = export.manifest["verification"]
     assert record["verified"] == "executed"
-    assert record["tokens_equal"] == record["tokens"] == options.batch * (33 + 5)
-    assert record["max_difference"] <= record["allowed"] < 0.02 * record["largest_logit"]
+    rounded = format == "q4f16_1"  # activations to 8 bits, by the live model's kernels
+    assert record["tokens_equal"] + record["near_ties"] == record["tokens"] == options.batch * (33 + 5)
+    assert record["near_ties"] <= 2 * rounded
+    assert record["max_difference"] <= record["allowed"] < (0.06 if rounded else 0.02) * record["largest_logit"]
     prompt = random_model.tokens(19, seed=5).tolist()
     room = dict(max_len=options.context)
     if options.window:
         room = dict(max_len=options.window, overflow="evict-oldest", sinks=options.sinks)
-    live = decode.generate(model, prompt, max_new_tokens=30, prefill_chunk_size=options.chunk, **room)
+    with ops.portable():
+        live = decode.generate(model, prompt, max_new_tokens=30, prefill_chunk_size=options.chunk, **room)
     assert first(artifact.generate(prompt), 30) == list(live.completions[0].tokens)
     check_programs(export, model)
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import jaxllm
-from jaxllm import cli, layers
+from jaxllm import cli, layers, ops
 from jaxllm.checkpoint import mlc, mlc_writer
 from jaxllm.checkpoint.canonical import destination, flatten
 from jaxllm.checkpoint.mlc_files import Written
@@ -69,10 +69,13 @@ def test_every_file_is_the_one_mlc_llm_writes(written, shared, scheme):
 
 @pytest.mark.parametrize(("scheme", "most"), [("q4f32_1", 1e-5), ("q4f16_1", 0.03)])
 def test_logits_are_those_of_its_own_library(written, shared, scheme, most):
-    """In q4f16_1 its library multiplies and adds in f16, which moves its logits, of size 4, by 0.02."""
+    """In q4f16_1 its library multiplies and adds in f16, which moves its logits, of size 4, by 0.02.
+
+    The definition is held against it: the CPU's kernels round activations to 8 bits beside 4-bit weights."""
     golden = np.load(shared / "mlc_golden" / f"tiny_{scheme}_logits.npz")
     model = jaxllm.load(written[scheme])
-    logits, _ = FORWARD(model.config, model.params, golden["tokens"][None])
+    with ops.portable():
+        logits, _ = FORWARD(model.config, model.params, golden["tokens"][None])
     logits = np.asarray(logits[0, -len(golden["logits"]) :], np.float32)
     assert np.abs(logits - golden["logits"]).max() < most
     np.testing.assert_array_equal(logits.argmax(-1), golden["logits"].argmax(-1))

@@ -19,11 +19,10 @@ from jaxllm.errors import CheckpointError
 from jaxllm.export import gguf_tokens
 from jaxllm.export.options import Options
 from jaxllm.export.program import Program
-from jaxllm.export.target import ALLOWED, Built, Formats, Job, Target, Values
+from jaxllm.export.target import ALLOWED, PACKED, Built, Formats, Job, Target, Values
 
 FILE = "model.gguf"
-# Of the largest logit: llama.cpp rounds activations to 8 bits for packed weights, and tabulates gelu in float16.
-PACKED, TABLE = 5e-2, 1e-3
+TABLE = 1e-3  # of the largest logit: llama.cpp tabulates gelu in float16
 
 
 def refuses(config: ModelConfig, values: Values, formats: Formats, options: Options) -> str | None:
@@ -36,7 +35,7 @@ def refuses(config: ModelConfig, values: Values, formats: Formats, options: Opti
 
 
 def allowed(config: ModelConfig, formats: Formats) -> float:
-    """By what llama.cpp rounds."""
+    """By what llama.cpp rounds: activations to 8 bits beside packed weights, whatever they are here."""
     looked_up = any("gelu" in b.ffn.act for b in config.blocks if b.ffn)
     return PACKED if formats else max(ALLOWED[config.dtype], TABLE * looked_up)
 
