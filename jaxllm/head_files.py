@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.checkpoint.canonical import Values, assemble, flatten
+from jaxllm.checkpoint.canonical import Values, assemble, flatten, nest
 from jaxllm.checkpoint.safetensors import PICKLES
 from jaxllm.checkpoint.source import open_source
 from jaxllm.config import MLA, Attention, Block, ModelConfig
@@ -261,15 +261,7 @@ def shared(config: HeadConfig, target: Model) -> dict[str, Any]:
 
 def nested(config: HeadConfig, target: Model, flat: Mapping[str, Any]) -> dict:
     """A head's parameters as a nested dict: its own, and the target's for embedding and projection it lacks."""
-    tree: dict[str, Any] = {}
-    for path, leaf in (shared(config, target) | dict(flat)).items():
-        *above, last = path.split(".")
-        node = tree
-        for key in above:
-            node = node.setdefault(key, {})
-        node[last] = leaf
-    tree["layers"] = [tree["layers"][str(i)] for i in range(len(config.model.blocks))]
-    return tree
+    return nest(shared(config, target) | dict(flat))
 
 
 def _filled(config: HeadConfig, readers: Readers, family: Family, target: Model, source: str) -> dict:
