@@ -118,6 +118,12 @@ def is_chain(shape: Shape) -> bool:
     return not isinstance(shape, Grown) and set(shape) == {1}
 
 
+def lengths(shape: Shape) -> tuple[int, ...]:
+    """How many drafts on a path can be asked for, ascending."""
+    most = deepest(shape)
+    return tuple(range(1, most + 1)) if is_chain(shape) else (most,)
+
+
 def most_nodes(shape: Shape) -> int:
     """Nodes of the tree that is proposed, node 0 included."""
     return 1 + (shape.drafts if isinstance(shape, Grown) else int(np.cumprod(shape).sum()))
@@ -198,6 +204,11 @@ class Chooser:
     def logprobs(self, logits: Array, contexts: Context | None, depth: Array) -> Array:
         """The processed distribution behind nodes at `depth` i32 [n]: f32 [B, n, V]."""
         return processed(self.sampler, fitted(logits, self.vocab), contexts, self.keys(depth))
+
+
+def chosen_by(sampler: Sampler, choice: Choice) -> tuple[Sampler, Choice]:
+    """What drafts for a sampler are chosen by: where it is greedy, the most probable of its distribution."""
+    return (Sampler(sampler.steps[:-1]), "top") if sampler.greedy else (sampler, choice)
 
 
 def from_keys(sampler: Sampler, choice: Choice, vocab: int, place: Place) -> Chooser:

@@ -61,8 +61,7 @@ class DraftHead:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        deepest = draft_grow.deepest(self.shape)
-        return tuple(range(1, deepest + 1)) if draft_grow.is_chain(self.shape) else (deepest,)
+        return draft_grow.lengths(self.shape)
 
     def init(self, target: Model, plan: Plan, found: Read) -> Memory:
         """The prompts, read by the head with the target's features of them.
@@ -75,9 +74,7 @@ class DraftHead:
         if times > 1:
             state, last = select_rows(state, np.repeat(np.arange(P), times)), np.repeat(last, times, 0)
         held, one = _lengths(plan.rows) - 1, np.ones(len(plan.rows), np.int32)
-        sampler, choice = plan.sampler, self.choice
-        if sampler.greedy:
-            sampler, choice = Sampler(sampler.steps[:-1]), "top"
+        sampler, choice = draft_grow.chosen_by(plan.sampler, self.choice)
         return Memory(state, held, ((last[:, None], one),), sampler, choice)
 
     def _read(self, plan: Plan, prompts: Sequence[Sequence[int]], found: Read) -> tuple[State, np.ndarray]:

@@ -21,7 +21,7 @@ from jaxllm.basics import F32, linear
 from jaxllm.checkpoint.medusa import read_heads
 from jaxllm.config import MLA, Attention, ModelConfig
 from jaxllm.decode import Plan
-from jaxllm.draft_grow import Choice, Chooser, Place, from_keys
+from jaxllm.draft_grow import Choice, Chooser, Place, chosen_by, from_keys
 from jaxllm.errors import CheckpointError, JaxllmError
 from jaxllm.model import Model, find
 from jaxllm.reading import Read
@@ -200,9 +200,7 @@ class Medusa:
     def init(self, target: Model, plan: Plan, found: Read) -> Memory:
         """The newest hidden vectors. Raises CheckpointError for heads of another model."""
         check_heads(self.heads, target.config)
-        sampler, choice = plan.sampler, self.choice
-        if sampler.greedy:
-            sampler, choice = Sampler(sampler.steps[:-1]), "top"
+        sampler, choice = chosen_by(plan.sampler, self.choice)
         heads = {**self.heads, "heads": self.heads["heads"][: self.lengths[-1]]}
         ends = {name: target.params[name] for name in ("embed", "head") if name in target.params}
         ends = {} if "out" in heads["heads"][0] else ends

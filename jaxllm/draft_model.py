@@ -19,7 +19,7 @@ from jaxllm.decode import Plan
 from jaxllm.draft_grow import Alone, Choice, Grown, Shape
 from jaxllm.errors import ContextError, JaxllmError, TokenizerError
 from jaxllm.model import Model
-from jaxllm.prompts import new_state
+from jaxllm.prompts import new_state, padded
 from jaxllm.reading import Read, prefill
 from jaxllm.sampling import Sampler
 from jaxllm.spec_decode import Asked, Verified
@@ -59,8 +59,7 @@ class DraftModel:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        deepest = draft_grow.deepest(self.widths)
-        return tuple(range(1, deepest + 1)) if self.chain else (deepest,)
+        return draft_grow.lengths(self.widths)
 
     @property
     def catches_up(self) -> int:
@@ -85,9 +84,7 @@ class DraftModel:
         state, _ = prefill(self.model, unique, state)
         if len(unique) < len(plan.rows):
             state = select_rows(state, jnp.asarray([unique.index(tuple(row)) for row in plan.rows]))
-        sampler, choice = plan.sampler, self.choice
-        if sampler.greedy:
-            sampler, choice = Sampler(sampler.steps[:-1]), "top"
+        sampler, choice = draft_grow.chosen_by(plan.sampler, self.choice)
         held = np.array([len(row) for row in plan.rows])
         return Memory(state, held, None, np.zeros_like(held), sampler, choice, target.config.vocab)
 
@@ -130,10 +127,7 @@ class DraftModel:
         if max(map(len, lacking)) > self.catches_up:  # after plain steps
             state, _ = prefill(self.model, [row[:-1] for row in lacking], state)
             lacking = [row[-1:] for row in lacking]
-        tokens = np.zeros((len(rows), self.catches_up), np.int32)
-        for line, row in zip(tokens, lacking, strict=True):
-            line[: len(row)] = row
-        return state, tokens, np.array([len(row) for row in lacking], np.int32)
+        return state, padded(lacking, self.catches_up), np.array([len(row) for row in lacking], np.int32)
 
     def accept(self, memory: Memory, seen: Verified) -> Memory:
         """Remember which drafts were kept; those on the last depth were never fed."""
