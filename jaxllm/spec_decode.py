@@ -351,13 +351,14 @@ class Run:
     def _without(self, live: np.ndarray, began: float) -> Iterator[tuple[Emitted, State]]:
         """Plain decoding for a while: as long as the drafter rests, or one step."""
         told = bool(self.drafter.features)  # of the last step at least
-        steps = 1
-        if live.all() and self.plan.mask is None and not (told and self.drafter.whole_prompt):
+        if self.plan.mask is not None or not live.all() or (told and self.drafter.whole_prompt):
+            steps, alone = 1, True
+        else:
             wanted = int((self.ends - np.fromiter(map(len, self.rows), int)).min())
-            steps = min(max(self.pace.resting, 1), wanted)
-            if steps > told:
-                yield from self._advance(steps - told)
-        if told or not live.all() or self.plan.mask is not None:
+            steps, alone = min(max(self.pace.resting, 1), wanted), told
+        if steps > alone:
+            yield from self._advance(steps - alone)
+        if alone:
             yield from self._emit(self._alone(live).emitted)
         self.pace.plain(steps, time.perf_counter() - began)
 
