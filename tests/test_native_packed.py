@@ -69,7 +69,7 @@ def kept(q, dtype):
     """Bits of an activation that count."""
     if dtype == F32:
         return 32
-    return 8 if q.format.bits <= 6 and q.format.levels in ("int", "e2m1") else 16
+    return 8 if q.format.levels in ("int", "e2m1") else 16
 
 
 def allowed(x, q, dtype):

@@ -21,7 +21,8 @@ static inline W right(W a) {
 static inline void store(uint32_t* p, W a) { _mm512_storeu_si512(p, a); }
 // sums + a * b, the products of both halves of a lane added to it
 static inline W dot(W sums, W a, W b) { return _mm512_dpwssd_epi32(sums, a, b); }
-// the same of four bytes, those of a from 0 to 127, those of b from -127 to 127
+// the same of four bytes, those of a from 0 to kMostByte, those of b from -127 to 127
+constexpr int64_t kMostByte = 255;
 static inline W dot_bytes(W sums, W a, W b) { return _mm512_dpbusd_epi32(sums, a, b); }
 static inline V as_float(W a) { return _mm512_cvtepi32_ps(a); }
 // Lane i of four lanes of the result: the sum of r[i]'s four.
@@ -76,6 +77,7 @@ static inline W right(W a) {
 }
 static inline void store(uint32_t* p, W a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
 static inline W dot(W sums, W a, W b) { return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b)); }
+constexpr int64_t kMostByte = 127;  // sums of two products have 16 bits
 static inline W dot_bytes(W sums, W a, W b) { return dot(sums, _mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1)); }
 static inline V as_float(W a) { return _mm256_cvtepi32_ps(a); }
 static inline W add_fours(const W (&r)[4]) {
@@ -140,6 +142,7 @@ static inline I lower(W a) { return reinterpret_cast<I>(a << 16) >> 16; }
 static inline W dot(W sums, W a, W b) {
   return sums + reinterpret_cast<W>(upper(a) * upper(b) + lower(a) * lower(b));
 }
+constexpr int64_t kMostByte = 127;  // NEON has signed bytes
 static inline W dot_bytes(W sums, W a, W b) {
 #if defined(__ARM_FEATURE_DOTPROD)
   return vreinterpretq_u32_s32(vdotq_s32(vreinterpretq_s32_u32(sums), vreinterpretq_s8_u32(a), vreinterpretq_s8_u32(b)));

@@ -27,25 +27,28 @@ struct Kernel {
   void (*packed)(const Packed&, const Packed*, Activation, const Rounded&, int64_t, int64_t, int64_t, int64_t, void*);
   bool (*takes_few)(const Packed&);
   int64_t (*dots)(const Packed&, bool);
+  int64_t bytes_up_to;          // codes
   int64_t together;             // rows of x, of each part, that are rounded to one place
   int64_t columns = kMostRows;  // rows of x in a piece
 };
 
 #define JAXLLM_KERNEL(level) level::kStripRows, level::round_rows, level::piece_bytes, level::packed
+#define JAXLLM_ROWS(level) level::takes_few, level::dots, level::kBytesUpTo, level::kRowsTogether
 
 Kernel kernel(Level level, const Packed& p) {
 #if defined(__x86_64__)
   if (level >= Level::kAmx && amx::takes(p, p.m * parts(p))) {
     const int64_t together = amx::rows_together(p.m * parts(p));
-    return {JAXLLM_KERNEL(amx), avx512::takes_few, avx512::dots, together, kMostTiles * together / parts(p)};
+    return {JAXLLM_KERNEL(amx), avx512::takes_few, avx512::dots, avx512::kBytesUpTo, together, kMostTiles * together / parts(p)};
   }
-  if (level >= Level::kAvx512) return {JAXLLM_KERNEL(avx512), avx512::takes_few, avx512::dots, avx512::kRowsTogether};
-  if (level >= Level::kAvx2) return {JAXLLM_KERNEL(avx2), avx2::takes_few, avx2::dots, avx2::kRowsTogether};
+  if (level >= Level::kAvx512) return {JAXLLM_KERNEL(avx512), JAXLLM_ROWS(avx512)};
+  if (level >= Level::kAvx2) return {JAXLLM_KERNEL(avx2), JAXLLM_ROWS(avx2)};
 #endif
   (void)level, (void)p;
-  return {JAXLLM_KERNEL(portable), portable::takes_few, portable::dots, portable::kRowsTogether};
+  return {JAXLLM_KERNEL(portable), JAXLLM_ROWS(portable)};
 }
 #undef JAXLLM_KERNEL
+#undef JAXLLM_ROWS
 
 Rounded room(const Packed& p, const Kernel& level) {
   static thread_local Scratch memory;
@@ -68,12 +71,14 @@ int64_t rows_of_piece(const Packed& p, int64_t strip, const Team& team) {
   return up(strips, kPiecesEach * team.size()) * strip;
 }
 
-void multiply(Packed p, const Packed* up_weights, Activation activation, int most, Team& team) {
+void multiply(Packed p, Packed* up_weights, Activation activation, int most, Team& team) {
   const int64_t live = live_rows(p.x, p.m, p.k, bytes(p.x_type));
   clear_rows(p.y, live, p.m, p.n, bytes(p.y_type));
   p.m = live;
   if (p.m == 0 || p.n == 0) return;
   const Kernel level = kernel(level_within(most), p);
+  p.x_bits = p.x_most <= 127 && p.most_code <= level.bytes_up_to ? 8 : 16;
+  if (up_weights) up_weights->x_bits = p.x_bits;
   const Rounded x = room(p, level);
   const int64_t at_once = up(x.together, x.parts);
   team.run(up(p.m, at_once), [&](int64_t i) {
@@ -94,7 +99,7 @@ void multiply(Packed p, const Packed* up_weights, Activation activation, int mos
 
 void packed_matmul(const Packed& p, int most, Team& team) { multiply(p, nullptr, Activation::kSilu, most, team); }
 
-void packed_gated(const Packed& p, const Packed& up, Activation activation, int most, Team& team) {
+void packed_gated(const Packed& p, Packed up, Activation activation, int most, Team& team) {
   multiply(p, &up, activation, most, team);
 }
 

@@ -5,9 +5,9 @@
 // right in f32. So a row's bits depend on k, the format and the type of x alone, as in matmul.h.
 //
 // The whole numbers have 16 bits: what is lost of an activation is at most 2^-15 of the largest of its block. A row of
-// f32 is taken as two: its whole numbers, and those of what they lack. Where activations have 16 bits themselves and
-// codes of at most 7 bits lose far more, they have 8 bits: at most 1/254 of the largest is lost, and a dot product of
-// bytes takes twice as many.
+// f32 is taken as two: its whole numbers, and those of what they lack. Where activations have 16 bits themselves they
+// have 8 bits, beside codes of a byte or less: at most 1/254 of the largest is lost, and a dot product of bytes takes
+// twice as many. A level without dot products of such bytes keeps the same whole numbers in 16 bits.
 #pragma once
 
 #include <cstdint>
@@ -43,7 +43,9 @@ struct Packed {
   int16_t table[16];     // from 0 on where activations have 8 bits
   int64_t group;         // columns that share a scale, a multiple of width
   int64_t width;         // activations that are rounded together: 32, or 16
-  int x_bits;            // of their whole numbers: 16, or 8
+  int64_t most_code;     // a code, made unsigned, is at most that
+  int x_most;            // and a whole number of x is at most that, 32767 or 127
+  int x_bits;            // in which it is kept, 16 or 8: see kBytesUpTo
   Numbers scale, super_scale, zero, offset, super_offset;
 };
 
@@ -66,13 +68,14 @@ class Team;
 void packed_matmul(const Packed& p, int most, Team& team);
 
 // y = activation(x p) * (x up) of weights in one format, rounded once at the end.
-void packed_gated(const Packed& p, const Packed& up, Activation activation, int most, Team& team);
+void packed_gated(const Packed& p, Packed up, Activation activation, int most, Team& team);
 
 // ---- what each level brings -------------------------------------------------------------------------------
 
 #define JAXLLM_PACKED_LEVEL(level)                                                                                \
   namespace level {                                                                                               \
   extern const int64_t kStripRows, kRowsTogether; /* rows of weights taken together, and of x unless few */       \
+  extern const int64_t kBytesUpTo; /* the largest code that a dot product of bytes takes */                       \
   bool takes_few(const Packed& p);          /* whether rows may lie as `few` has them */                          \
   int64_t dots(const Packed& p, bool few);  /* of a row of x */                                                   \
   void round_rows(const Packed& p, int64_t m0, int64_t m1, const Rounded& x);                                     \

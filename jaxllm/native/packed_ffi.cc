@@ -72,18 +72,19 @@ struct How {
   ffi::Span<const int64_t> table;
 };
 
-// Activations of f32 are wanted as they are; of others 8 bits lose little beside codes that fit into 7.
+// Activations of f32 are wanted as they are; of others 8 bits lose little beside codes that are bytes.
 void choose_bits(int64_t bits, Packed* p) {
-  p->x_bits = 16;
-  if (p->x_type == Number::kF32 || bits > 6) return;
+  p->x_most = 32767, p->most_code = (int64_t{1} << bits) - 1;
+  if (p->x_type == Number::kF32) return;
   if (p->kind == Codes::kTable) {
     const auto [low, high] = std::minmax_element(p->table, p->table + 16);
     const int16_t least = *low;
     if (*high - least > 127) return;
+    p->most_code = *high - least;
     for (int16_t& level : p->table) level = static_cast<int16_t>(level - least);
     p->center -= least;
   }
-  p->x_bits = 8;
+  p->x_most = 127;
 }
 
 // The number of experts that `parts` hold, with the product that they belong to; 0 where they do not fit.

@@ -11,15 +11,15 @@ constexpr int64_t kTogether = kLanes == 16 ? 8 : 4;  // rows of x, unless they a
 
 // ---- activations -------------------------------------------------------------------------------------------
 
-// What makes whole numbers of what is at most `most`: for 16 bits the power of two that keeps them below 2^15, for 8 as
-// much as makes 127 of the largest. NaN where that is not finite.
-float unit_of(float most, int bits) {
+// What makes whole numbers of at most `limit` of what is at most `most`: for 16 bits the power of two that keeps them
+// below 2^15, for 8 as much as makes 127 of the largest. NaN where that is not finite.
+float unit_of(float most, int limit) {
   uint32_t all;
   std::memcpy(&all, &most, sizeof all);
   const uint32_t exponent = all >> 23 & 255;  // without the sign: -0 is a zero
   if (exponent >= 255) return of_e8m0(255);
   const float least = of_e8m0(26);
-  if (bits == 8) return std::max(most / 127, least);
+  if (limit == 127) return std::max(most / 127, least);
   return exponent < 40 ? least : of_e8m0(static_cast<uint8_t>(exponent - 14));
 }
 
@@ -61,11 +61,11 @@ void round_block(const Packed& p, float* values, int32_t* to, float* unit, float
     most = max(max(most, set(0) - v), v);
     odd = fma(v, set(0), odd);  // NaN where one is not finite
   }
-  *unit = same(odd, set(0)) ? unit_of(highest(most), p.x_bits) : of_e8m0(255);
+  *unit = same(odd, set(0)) ? unit_of(highest(most), p.x_most) : of_e8m0(255);
   *sum = 0;
   if (*unit != *unit) return std::fill(to, to + dots_of_block(p), 0);
   const V size = set(*unit), inverse = set(1 / *unit), shift = set(12582912.0f);  // 1.5 * 2^23
-  const V limit = set(p.x_bits == 8 ? 127 : 32767);
+  const V limit = set(static_cast<float>(p.x_most));
   uint32_t bits[kMostWidth];
   V total = set(0);
   for (int64_t i = 0; i < width; i += kLanes) {
@@ -104,9 +104,12 @@ struct Looked : Nibbles {
   Table table_;
 };
 
+// What makes signed bytes unsigned.
+W flipping(const Packed& p) { return set_int(p.kind == Codes::kSigned ? static_cast<int32_t>(0x80808080u) : 0); }
+
 struct Bytes {
   static constexpr int kCodes = 4, kDots = 2;
-  explicit Bytes(const Packed& p) : flip_(set_int(p.kind == Codes::kSigned ? static_cast<int32_t>(0x80808080u) : 0)) {}
+  explicit Bytes(const Packed& p) : flip_(flipping(p)) {}
   W word(W w) const { return either(w, flip_); }
   template <int J>
   W codes(W w) const {
@@ -139,13 +142,14 @@ struct FourLooked : FourNibbles {
 
 struct FourBytes {
   static constexpr int kCodes = 4, kDots = 1;
-  explicit FourBytes(const Packed&) {}
-  W word(W w) const { return w; }
+  explicit FourBytes(const Packed& p) : flip_(flipping(p)) {}
+  W word(W w) const { return either(w, flip_); }
   template <int J>
   W codes(W w) const {
     return w;
   }
   static W add(W sums, W codes, W x) { return dot_bytes(sums, codes, x); }
+  W flip_;
 };
 
 // ---- products ----------------------------------------------------------------------------------------------
@@ -296,7 +300,7 @@ void strips(const Job& job, const Rounded& x, int64_t m0, int64_t m1, int64_t n0
 
 }  // namespace
 
-extern const int64_t kStripRows = kLanes, kRowsTogether = kTogether;
+extern const int64_t kStripRows = kLanes, kRowsTogether = kTogether, kBytesUpTo = kMostByte;
 
 int64_t dots(const Packed& p, bool few) { return (few ? padded_words(p) : words_of(p)) * dots_of_word(p); }
 
