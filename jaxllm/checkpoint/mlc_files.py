@@ -144,6 +144,14 @@ def chat_config(
     (out / "mlc-chat-config.json").write_text(text, encoding="utf-8")
 
 
+def chat_sizes(folder: pathlib.Path, *, context: int, chunk: int) -> None:
+    """Set the sizes in tokens that mlc-chat-config.json recommends."""
+    path = folder / "mlc-chat-config.json"
+    chat, sizes = _read(path), dict(context_window_size=context, prefill_chunk_size=chunk)
+    chat |= sizes | {"model_config": chat["model_config"] | sizes}
+    path.write_text(json.dumps(chat, indent=2), encoding="utf-8")
+
+
 def _chat(
     source: pathlib.Path, out: pathlib.Path, model_type: str, values: dict, quantization: str
 ) -> dict[str, Any]:

@@ -76,7 +76,9 @@ def export(
     with _aside(out) as part, progress(f"exporting for {target}", STAGES) as advance:
         model = _loaded(source, format, dtype, part)
         check(made, model.config, model.values, manifests.formats_of(model), options)
-        record = _written(made, model, options, part, advance)
+        path = None if isinstance(source, Model) else find_files(source)
+        job = Job(model, options, programs(model.config, abstract(model.params), options), part, path)
+        record = _written(made, job, advance)
         part.rename(out)
     return Exported(out, record)
 
@@ -123,11 +125,10 @@ def _loaded(source, format: str | None, dtype: str | None, part: pathlib.Path) -
     return replace(model, name=find_files(source).name, folder=None)
 
 
-def _written(target: Target, model: Model, options: Options, part: pathlib.Path, advance) -> dict[str, Any]:
-    """Build, run and compare in `part` -> the manifest, written there."""
+def _written(target: Target, job: Job, advance) -> dict[str, Any]:
+    """Build, run and compare in the job's folder -> the manifest, written there."""
+    model, options, part = job.model, job.options, job.folder
     manifests.write_tokenizer(model, part)
-    pair = programs(model.config, abstract(model.params), options)
-    job = Job(model, options, pair, part)
     built = target.build(job)
     advance()
     asked = verification.reference(model, options, target.allowed(model.config, manifests.formats_of(model)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
@@ -153,6 +153,12 @@ def drawn(logits: Array, inputs: Named) -> Named:
     token, _ = sampling.sample(sampling.Sampler(steps), logits, keys)
     own = jax.nn.log_softmax(logits, -1)
     return {"token": token, "logprob": jnp.take_along_axis(own, jnp.maximum(token, 0)[:, None], 1)[:, 0]}
+
+
+def without_arrays(program: Program) -> Program:
+    """What goes in and comes out where a runtime keeps parameters and state inside."""
+    inputs = tuple(port for port in program.inputs if port.role == "input")
+    return replace(program, inputs=inputs, outputs=tuple(p for p in program.outputs if p.role == "result"))
 
 
 # ---- names ----------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ class Job:
     options: Options  # settled: every size is said, and the platform
     programs: tuple[Program, Program]  # prefill and decode; a target may have programs of its own instead
     folder: pathlib.Path  # empty, but for the tokenizer's files; what is written there is the artifact
+    source: pathlib.Path | None = None  # the checkpoint that `model` was loaded from; None: it was given as it is
 
 
 @dataclass(frozen=True)

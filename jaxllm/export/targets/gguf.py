@@ -6,7 +6,6 @@ import ctypes
 import functools
 import pathlib
 from collections.abc import Mapping
-from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -18,7 +17,7 @@ from jaxllm.config import ModelConfig
 from jaxllm.errors import CheckpointError
 from jaxllm.export import gguf_tokens
 from jaxllm.export.options import Options
-from jaxllm.export.program import Program
+from jaxllm.export.program import without_arrays
 from jaxllm.export.target import ALLOWED, PACKED, Built, Formats, Job, Target, Values
 
 FILE = "model.gguf"
@@ -47,16 +46,10 @@ def build(job: Job) -> Built:
     model = job.model
     more = {"general.name": model.name or "model"} | gguf_tokens.metadata_of(model.tokenizer, model.config.vocab)
     gguf_writer.write_gguf(job.folder / FILE, model.config, model.values, flatten(model.params), more)
-    programs = tuple(map(_without_arrays, job.programs))
+    programs = tuple(map(without_arrays, job.programs))
     files = {program.name: {"gguf": FILE} for program in programs}
     versions = {"gguf": version("gguf"), "llama-cpp-python": llama_cpp.__version__}
     return Built(programs, files, (FILE,), versions)
-
-
-def _without_arrays(program: Program) -> Program:
-    """What goes in and comes out: parameters and state stay inside."""
-    inputs = tuple(port for port in program.inputs if port.role == "input")
-    return replace(program, inputs=inputs, outputs=tuple(p for p in program.outputs if p.role == "result"))
 
 
 class Runner:

@@ -1,0 +1,97 @@
+"""A folder for MLC-LLM's runtime, which compiles its own programs; read here again and run by jaxllm."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxllm.checkpoint import mlc
+from jaxllm.checkpoint.canonical import flatten
+from jaxllm.checkpoint.mlc_files import chat_sizes
+from jaxllm.checkpoint.mlc_names import ARCHITECTURES
+from jaxllm.checkpoint.mlc_writer import SCHEMES, write_mlc
+from jaxllm.config import ModelConfig
+from jaxllm.errors import ConfigError
+from jaxllm.export.manifest import formats_of
+from jaxllm.export.options import Options
+from jaxllm.export.parameters import abstract, named
+from jaxllm.export.program import programs, without_arrays
+from jaxllm.export.target import Built, Formats, Job, Target, Values
+from jaxllm.model import Model, load
+
+FOLDER = "model"  # what MLC-LLM is given
+INDEX = f"{FOLDER}/tensor-cache.json"
+
+
+def refuses(config: ModelConfig, values: Values, formats: Formats, options: Options) -> str | None:
+    """An architecture, a format or an option that MLC-LLM has no such thing of."""
+    if options.window:
+        return "which models may have another window MLC-LLM decides when it compiles; leave --window out"
+    if options.sampler != "logits":
+        return "MLC-LLM draws tokens itself; leave --sampler out"
+    kind = values.get("model_type")
+    if kind not in ARCHITECTURES or ARCHITECTURES[kind].fused is None:
+        known = ", ".join(name for name, a in ARCHITECTURES.items() if a.fused is not None)
+        return f"MLC-LLM's files are written for the model types {known}, not for {str(kind)[:60]!r}"
+    odd = sorted({f.name for f in formats.values()} - set(mlc.GROUP))
+    return f"its weights are {odd[0]}, and MLC-LLM's are {', '.join(SCHEMES)}" if odd else None
+
+
+def build(job: Job) -> Built:
+    """Shards, index and mlc-chat-config.json with the sizes asked for. Raises ConfigError for a Model."""
+    if job.source is None:
+        raise ConfigError("the target mlc converts a checkpoint's own tensors; give its path instead of a Model")
+    made = write_mlc(job.source, job.folder / FOLDER, scheme(job.model))
+    chat_sizes(made, context=job.options.context, chunk=job.options.chunk)
+    shards = sorted(f"{FOLDER}/{path.name}" for path in made.glob("params_shard_*.bin"))
+    pair = tuple(map(without_arrays, job.programs))
+    return Built(pair, {p.name: {"mlc": INDEX} for p in pair}, tuple(shards), {})
+
+
+def scheme(model: Model) -> str:
+    """MLC-LLM's name for how the weights are kept."""
+    packed = {f.name for f in formats_of(model).values()}
+    plain = {"float32": "q0f32", "float16": "q0f16", "bfloat16": "q0bf16"}
+    return packed.pop() if packed else plain[model.config.dtype]
+
+
+class Runner:
+    """The folder as `jaxllm.load` reads it, on the programs of the portable path."""
+
+    how = "simulated"  # MLC-LLM itself would compile a library first
+
+    def __init__(self, folder: pathlib.Path, manifest: Mapping[str, Any]):
+        model = load(folder / FOLDER, dtype=manifest["model"]["config"]["dtype"])
+        sizes = {name: manifest[name] for name in ("context", "window", "sinks", "chunk", "batch")}
+        self._options, leaves = Options(**sizes), abstract(model.params)
+        made = programs(model.config, leaves, self._options)
+        self._params = named(flatten(model.params))
+        self._calls = {p.name: jax.jit(p.call, donate_argnums=1) for p in made}
+        self._specs = made[0].specs[1]
+        self._initial = {port.name: port.initial for port in made[0].inputs if port.role == "state"}
+        self.where = f"jaxllm's reader of MLC-LLM's files, jax {jax.__version__}"
+
+    def start(self) -> dict[str, jax.Array]:
+        """An empty state by name."""
+        return {name: jax.numpy.full(x.shape, self._initial[name], x.dtype) for name, x in self._specs.items()}
+
+    def step(self, program: str, state: Any, inputs: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], Any]:
+        """See `jaxllm.export.target.Runner`."""
+        results, state = self._calls[program](self._params, state, inputs)
+        return {k: np.asarray(x) for k, x in results.items()}, state
+
+
+TARGET = Target(
+    name="mlc",
+    summary="weights, config and tokenizer for MLC-LLM, which compiles them for its devices",
+    platforms=(),
+    needs=(),
+    extra=None,
+    refuses=refuses,
+    build=build,
+    run=Runner,
+)
