@@ -71,32 +71,47 @@ def _choose(config, params, sampler, top, x, carry: Carry) -> tuple[Carry, Emitt
 
 @partial(jax.jit, static_argnums=(0, 3))
 def choose(config: ModelConfig, params: dict, sampler: Sampler, top: int, x: Array, carry: Carry):
-    """The first token, from a prompt's newest hidden vectors x [B, D] -> as `advance` by one step."""
+    """The first token, from a prompt's newest hidden vectors x [B, D] -> (carry, Emitted of one step)."""
     carry, out = _choose(config, params, sampler, top, x, carry)
     return carry, _one(out)
 
 
-def _one(out: Emitted) -> Emitted:
+def _one(out: Any) -> Any:
     """With a leading axis [1] of steps."""
     return jax.tree.map(lambda a: a[None], out)
 
 
-def _advance(config, params, sampler, top, carry: Carry) -> tuple[Carry, Emitted]:
+Step = tuple[Emitted, Array | None]
+
+
+def _advance(config, params, sampler, top, features, carry: Carry) -> tuple[Carry, Step]:
     """One decoding step: the newest token enters the state, the next is drawn."""
-    x, state, _ = layers.hidden(config, params, jnp.maximum(carry.token, 0)[:, None], carry.state)
-    return _choose(config, params, sampler, top, x[:, 0], dataclasses.replace(carry, state=state))
+    tokens = jnp.maximum(carry.token, 0)[:, None]
+    x, state, kept = layers.featured(config, params, tokens, carry.state, features)
+    carry, out = _choose(config, params, sampler, top, x[:, 0], dataclasses.replace(carry, state=state))
+    return carry, (out, None if kept is None else kept[:, 0])
 
 
-@partial(jax.jit, static_argnames=("config", "top", "steps"), donate_argnames="carry")
+@partial(jax.jit, static_argnames=("config", "top", "steps", "features"), donate_argnames="carry")
 def advance(
-    config: ModelConfig, params: dict, sampler: Sampler, top: int, carry: Carry, *, steps: int = 1
-) -> tuple[Carry, Emitted]:
-    """`steps` decoding steps in one program -> (carry, Emitted with a leading axis [steps])."""
+    config: ModelConfig,
+    params: dict,
+    sampler: Sampler,
+    top: int,
+    carry: Carry,
+    *,
+    steps: int = 1,
+    features: tuple[str, ...] = (),
+) -> tuple[Carry, Step]:
+    """`steps` decoding steps in one program -> (carry, (Emitted, features)), both with a leading axis [steps].
+
+    features: activations by name, as in `layers.featured`, of tokens that enter the state [steps, B, width]."""
+    step = partial(_advance, config, params, sampler, top, features)
     if steps == 1:
-        carry, out = _advance(config, params, sampler, top, carry)
+        carry, out = step(carry)
         return carry, _one(out)
     # A loop on the device saves a round trip a token.
-    return jax.lax.scan(lambda c, _: _advance(config, params, sampler, top, c), carry, length=steps)
+    return jax.lax.scan(lambda c, _: step(c), carry, length=steps)
 
 
 # ---- the loop -------------------------------------------------------------------------------------------
@@ -133,7 +148,7 @@ class Plan:
 
 
 def first_token(model: Model, plan: Plan, state: State, last: Array) -> tuple[Carry, Emitted]:
-    """What `prefill` left becomes the first token of every row -> as `advance` by one step."""
+    """What `prefill` left becomes the first token of every row -> (carry, Emitted of one step)."""
     context = sampling.init_context(plan.sampler, model.config.vocab, plan.rows)
     # numpy's zeros: jax's own would be a small program each, compiled at every first start.
     zero = np.zeros(len(plan.rows), np.int32)
@@ -159,7 +174,8 @@ def _loop(model: Model, plan: Plan, state: State, found: Read) -> Iterator[tuple
         ahead = plan.free and len(so_far[0]) + 1 < plan.new_tokens
         current = carry.state
         if ahead:  # the device works on the next step while the host reads this one
-            carry, following = advance(model.config, model.params, plan.sampler, plan.top, carry, steps=plan.steps)
+            args = (model.config, model.params, plan.sampler, plan.top, carry)
+            carry, (following, _) = advance(*args, steps=plan.steps)
             current = carry.state
         for out in unstacked(jax.device_get(many)):
             if np.any(out.token < 0):
@@ -171,7 +187,8 @@ def _loop(model: Model, plan: Plan, state: State, found: Read) -> Iterator[tuple
                 return
         if not ahead:
             carry, held = _make_room(carry, held) if plan.room["overflow"] == "clear" else (carry, held)
-            carry, following = advance(model.config, model.params, _masked(plan, so_far), plan.top, carry)
+            args = (model.config, model.params, _masked(plan, so_far), plan.top, carry)
+            carry, (following, _) = advance(*args)
             held = held + 1
         many = following
 

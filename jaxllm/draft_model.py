@@ -69,24 +69,29 @@ class DraftModel:
         return 1 + self.widths.depth if isinstance(self.widths, Grown) else 2
 
     def init(self, target: Model, plan: Plan, found: Read) -> Memory:
-        """The prompts, read by the draft model.
+        """The prompts, which the draft model reads before its first draft.
 
         Raises TokenizerError for another vocabulary, ContextError where its context is too short, JaxllmError for
         recurrent layers.
         """
         check_vocabulary(target, self.model)
-        unique = list(dict.fromkeys(map(tuple, plan.rows)))  # samples of one prompt share it
-        state = self._state(plan, unique)
+        state = self._state(plan, list(dict.fromkeys(map(tuple, plan.rows))))  # samples of one prompt share it
         if any(isinstance(c, Recurrent) for c in state.layers):
             raise JaxllmError(
                 f"the draft model {self.model.name} has recurrent layers, which cannot take drafts back"
             )
-        state, _ = prefill(self.model, unique, state)
-        if len(unique) < len(plan.rows):
-            state = select_rows(state, jnp.asarray([unique.index(tuple(row)) for row in plan.rows]))
         sampler, choice = draft_grow.chosen_by(plan.sampler, self.choice)
-        held = np.array([len(row) for row in plan.rows])
-        return Memory(state, held, None, np.zeros_like(held), sampler, choice, target.config.vocab)
+        held = np.zeros(len(plan.rows), int)
+        return Memory(state, held, None, held, sampler, choice, target.config.vocab, plan.rows)
+
+    def _read(self, memory: Memory) -> Memory:
+        """The prompts in the state."""
+        unique = list(dict.fromkeys(map(tuple, memory.prompts)))
+        state, _ = prefill(self.model, unique, memory.state)
+        if len(unique) < len(memory.prompts):
+            state = select_rows(state, jnp.asarray([unique.index(tuple(row)) for row in memory.prompts]))
+        held = np.array([len(row) for row in memory.prompts])
+        return dataclasses.replace(memory, state=state, held=held, prompts=None)
 
     def _state(self, plan: Plan, unique: Sequence[Sequence[int]]) -> State:
         wanted = max(map(len, unique)) + plan.new_tokens - 1  # the last token is never fed
@@ -110,6 +115,7 @@ class DraftModel:
         room = memory.state.capacity
         if room is not None and held[asked.live].max() + self._spare > room:
             return None, memory
+        memory = memory if memory.prompts is None else self._read(memory)
         state, tokens, n_new = self._catch_up(memory, asked.rows)
         carry, model = asked.carry, self.model
         args = (Alone(model.config), model.params, memory.sampler, state, tokens, None, n_new)
@@ -149,6 +155,7 @@ class Memory:
     sampler: Sampler  # its distribution is what drafts are chosen by
     choice: Choice
     vocab: int  # of the target
+    prompts: list[list[int]] | None  # while they have not been read
     fed: int = 0  # drafts of a path that are in the state
 
 

@@ -72,8 +72,7 @@ class Drafter(Protocol):
         """A tree behind the newest tokens (None: nothing to propose), and what it remembers now."""
 
     def accept(self, memory: Any, seen: Verified) -> Any:
-        """After verification. One that reads features is told of plain steps as well, in which the newest token
-        stood alone (path [B, 1]): of each with `whole_prompt`, else of the last before the next draft."""
+        """After verification. One that reads features is told of plain steps as well, as of drafts all kept."""
 
 
 # ---- one verification -----------------------------------------------------------------------------------
@@ -211,6 +210,22 @@ def settle(
     return after, Verified(out, tree.tokens, path, kept, said, offered(tree, at), before, features)
 
 
+def as_verified(newest: Array, out: Emitted, features: Array) -> Verified:
+    """Plain steps as a chain of which every token was kept: newest i32 [B] before them, features [steps, B, W]."""
+    steps, B = out.token.shape
+    path = np.broadcast_to(np.arange(steps, dtype=np.int32), (B, steps))
+    kept, no = np.full(B, steps - 1, np.int32), np.zeros(B, bool)
+    tokens, said, features = _by_row(newest, out.token, features)
+    return Verified(out, tokens, path, kept, said, no, (), features)
+
+
+@jax.jit
+def _by_row(newest: Array, said: Array, features: Array) -> tuple[Array, Array, Array]:
+    """(tokens i32 [B, steps] that were fed, what was said behind each, their features [B, steps, W])."""
+    fed = jnp.concatenate([newest[None], said[:-1]])
+    return fed.T, said.T, features.swapaxes(0, 1)
+
+
 def _emitted(nodes: Nodes, path: Array, kept: Array, last: Array, top: int) -> Emitted:
     """The drafts kept and the token behind them, under the model's own distribution."""
     taken = jnp.maximum(path, 0)
@@ -249,7 +264,8 @@ class Speculative:
     """How to decode speculatively; what `generate` and `stream` take as `speculative`.
 
     length: drafts on a path, or "auto": as many as give the most tokens per second by the acceptance and the times
-    measured so far, none where drafting does not pay. rule: "exact" keeps the target's distribution; "typical"
+    measured so far, none where drafting does not pay. What is measured is remembered from one generation with the
+    same Speculative to the next. rule: "exact" keeps the target's distribution; "typical"
     (Medusa's) does not, and keeps more.
 
     With drafts that are drawn (see `Draft`) tokens depend on the length too, so with "auto" the same key may give
@@ -259,6 +275,7 @@ class Speculative:
     drafter: Drafter
     length: int | Literal["auto"] = "auto"
     rule: Rule = "exact"
+    _paces: dict[tuple, Pace] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         lengths = self.drafter.lengths
@@ -281,6 +298,11 @@ class Speculative:
         """The loop, from what reading the prompts left."""
         return Run(self, model, plan, state, found)
 
+    def pace(self, model: Model, plan: Plan) -> Pace:
+        """What was learnt in generations of so many rows with this model, greedy or not."""
+        like = model.name, model.config, len(plan.rows), plan.sampler.greedy
+        return self._paces.setdefault(like, Pace(self.drafter.lengths, self.length))
+
 
 def _span(lengths: tuple[int, ...]) -> str:
     return f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
@@ -298,8 +320,9 @@ class Run:
         self.carry, self.first = decode.first_token(model, plan, state, found.last)
         self.rows = [list(row) for row in plan.rows]
         self.ends = np.array([len(row) + plan.new_tokens for row in plan.rows])
-        self.pace = Pace(speculative.drafter.lengths, speculative.length)
+        self.pace = speculative.pace(model, plan)
         self.verified = self.plain = 0
+        self.looked_at, self.kept = np.zeros((2, self.drafter.lengths[-1]), int)  # drafts, at each place
 
     def __iter__(self) -> Iterator[tuple[Emitted, State]]:
         yield from self._emit(self.first)
@@ -313,7 +336,8 @@ class Run:
             seen = self._verify(draft, live)
             self.memory = self.drafter.accept(self.memory, seen)
             self.verified += 1
-            self.pace.verified(seen.kept[live], seen.offered[live])
+            looked_at, kept = self.pace.verified(seen.kept[live], seen.offered[live])
+            self.looked_at, self.kept = self.looked_at + looked_at, self.kept + kept
             yield from self._emit(seen.emitted)
             self.pace.took(length, time.perf_counter() - began)
 
@@ -350,20 +374,17 @@ class Run:
 
     def _without(self, live: np.ndarray, began: float) -> Iterator[tuple[Emitted, State]]:
         """Plain decoding for a while: as long as the drafter rests, or one step."""
-        told = bool(self.drafter.features)  # of the last step at least
-        if self.plan.mask is not None or not live.all() or (told and self.drafter.whole_prompt):
-            steps, alone = 1, True
+        if self.plan.mask is not None or not live.all():
+            steps = 1
+            yield from self._emit(self._alone(live).emitted)
         else:
             wanted = int((self.ends - np.fromiter(map(len, self.rows), int)).min())
-            steps, alone = min(max(self.pace.resting, 1), wanted), told
-        if steps > alone:
-            yield from self._advance(steps - alone)
-        if alone:
-            yield from self._emit(self._alone(live).emitted)
+            steps = min(max(self.pace.resting, 1), wanted)
+            yield from self._advance(steps)
         self.pace.plain(steps, time.perf_counter() - began)
 
     def _alone(self, live: np.ndarray) -> Verified:
-        """The tree of the newest token alone: a step with features or a mask, or in which a row stands still."""
+        """The tree of the newest token alone: a step with a mask, or in which a row stands still."""
         seen = self._verify(Draft(chain_of(np.zeros((len(live), 1), np.int32)), None), live)
         self.plain += 1
         if self.drafter.features:
@@ -385,9 +406,12 @@ class Run:
 
     def _plainly(self, steps: int) -> Emitted:
         """So many plain steps in one program."""
-        model, plan = self.model, self.plan
-        args = (model.config, model.params, plan.sampler, plan.top)
-        self.carry, many = decode.advance(*args, self.carry, steps=steps)
+        model, plan, features = self.model, self.plan, self.drafter.features
+        newest = jnp.copy(self.carry.token) if features else None  # the carry is donated
+        args = (model.config, model.params, plan.sampler, plan.top, self.carry)
+        self.carry, (many, kept) = decode.advance(*args, steps=steps, features=features)
+        if features:
+            self.memory = self.drafter.accept(self.memory, as_verified(newest, many, kept))
         self.plain += steps
         return many
 
@@ -404,7 +428,7 @@ class Run:
     def report(self) -> Speculation:
         """What was measured."""
         new = sum(map(len, self.rows)) - sum(map(len, self.plan.rows)) - len(self.rows)
-        looked_at, kept = (tuple(a.tolist()) for a in (self.pace.looked_at, self.pace.kept))
+        looked_at, kept = (tuple(a.tolist()) for a in (self.looked_at, self.kept))
         return Speculation(
             new, self.verified, self.plain, looked_at, kept, self.draft_seconds, self.verify_seconds
         )

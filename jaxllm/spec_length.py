@@ -10,22 +10,28 @@ import numpy as np
 
 _MEMORY = 0.97  # what an earlier observation weighs after each verification
 _SAMPLES = 9  # times of one length that are looked at
-_FIRST_REST, _LONGEST_REST = 64, 512  # plain steps between two trials of a drafter that does not pay
 _TRIED = 4  # the length that is measured first, where there are several
+_TRIALS = 3  # times of it, before anything is decided
 _PLAIN = 8  # plain steps measured together, as they overlap with the host's work
+_SHARE = 0.02  # of the time of plain steps is what trying again may take
+_REST = (64, 1024)  # at least and at most so many plain steps lie between two trials
 
 
 class Pace:
-    """Chooses the next draft's length, 0 for none, and remembers what became of the drafts before."""
+    """Chooses the next draft's length, 0 for none, and remembers what became of the drafts before.
+
+    It may serve one generation after the other: what a step takes, and whether drafts are kept, mostly stays."""
 
     def __init__(self, lengths: Sequence[int], length: int | Literal["auto"]):
         self.lengths, self.fixed = tuple(lengths), None if length == "auto" else length
-        most = self.lengths[-1]
-        self.looked_at = np.zeros(most, int)  # drafts at each place whose turn came
-        self.kept = np.zeros(most, int)
-        self.recent = np.zeros((2, most))  # the same, the latest counting most
+        self.tried = min(self.lengths, key=lambda n: abs(n - _TRIED))
+        self.recent = np.zeros((2, self.lengths[-1]))  # drafts looked at at each place and kept, the latest most
         self.times: dict[int, deque[float]] = {}
-        self.rest, self.resting, self.rested = _FIRST_REST, 0, False
+        self.first: deque[float] = deque(
+            maxlen=_SAMPLES
+        )  # of first drafts after a rest, with what they catch up on
+        self.trials, self.resting = _TRIALS, 0
+        self.cold, self.plain_before = True, False
 
     def choose(self) -> int:
         """Drafts on a path to ask for now."""
@@ -33,37 +39,47 @@ class Pace:
             return self.fixed
         if self.resting:
             return 0
-        tried = min(self.lengths, key=lambda n: abs(n - _TRIED))
-        if len(self.times.get(tried, ())) < 3:
-            return tried
+        if self.trials:
+            return self.tried
         if 0 not in self.times:
             self.resting = _PLAIN
             return 0
-        if self.rested:  # one more trial
-            self.rested = False
-            return tried
-        best = max((0, *self.lengths), key=self.rate)
-        if best:
-            self.rest = _FIRST_REST
+        if best := max((0, *self.lengths), key=self.rate):
             return best
-        self.resting, self.rest, self.rested = self.rest, min(2 * self.rest, _LONGEST_REST), True
+        self._rest()
         return 0
+
+    def _rest(self) -> None:
+        """For as long as makes the next trial, of a first step and one behind it, cheap."""
+        trial = (min(self.first) + self.seconds(self.tried)) / self.seconds(0)
+        self.resting = int(np.clip(trial / _SHARE, *_REST))
+        self.trials, self.cold = 1, True
 
     def plain(self, steps: int, seconds: float) -> None:
         """So many plain decoding steps took so long, all together."""
-        self.took(0, seconds / steps)
+        if self.resting and self.plain_before:
+            self._timed(0, seconds / steps)
+        self.plain_before = self.plain_before or self.resting > 0  # what comes first may compile
         self.resting = max(self.resting - steps, 0)
 
-    def verified(self, kept: np.ndarray, offered: np.ndarray) -> None:
-        """A draft was verified: of each row, drafts kept and whether there was one more to look at."""
-        place = np.arange(len(self.kept))[:, None]
+    def verified(self, kept: np.ndarray, offered: np.ndarray) -> np.ndarray:
+        """A draft was verified: of each row, drafts kept and whether there was one more to look at
+        -> [2, D] drafts looked at at each place, and kept."""
+        place = np.arange(self.recent.shape[1])[:, None]
         now = np.stack([(place < kept + offered).sum(1), (place < kept).sum(1)])
-        self.looked_at += now[0]
-        self.kept += now[1]
         self.recent = self.recent * _MEMORY + now
+        return now
 
     def took(self, length: int, seconds: float) -> None:
         """A step with a draft of `length` took so long, from one to the next."""
+        if self.cold:
+            self.first.append(seconds)
+            self.cold = False
+            return
+        self._timed(length, seconds)
+        self.trials = max(self.trials - 1, 0)
+
+    def _timed(self, length: int, seconds: float) -> None:
         self.times.setdefault(length, deque(maxlen=_SAMPLES)).append(seconds)
 
     def rate(self, length: int) -> float:

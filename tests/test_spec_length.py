@@ -13,7 +13,7 @@ def live(pace: Pace, tokens: int, *, draft: float, chance: float, verify: float 
         length = pace.choose()
         chosen.append(length)
         if length == 0:
-            steps = max(pace.resting, 1)
+            steps = min(max(pace.resting, 1), tokens - said)
             pace.plain(steps, float(steps))
             said, took = said + steps, took + steps
             continue
@@ -46,3 +46,18 @@ def test_a_drafter_that_does_not_pay_costs_little(lengths, chance, draft):
     took, chosen = live(Pace(lengths, "auto"), 2000, draft=draft, chance=chance)
     assert took < 1 / 0.95
     assert chosen.count(0) > 3
+
+
+def test_what_was_learnt_serves_the_next_generation():
+    """A drafter that never pays is tried in the first of several short generations, and hardly in the others."""
+    pace = Pace(range(1, 9), "auto")
+    tries = [sum(map(bool, live(pace, 100, draft=1, chance=0.2)[1])) for _ in range(12)]
+    assert tries[0] > 2
+    assert sum(tries[1:]) <= 4
+
+
+def test_trials_take_their_share_of_the_time():
+    """What a trial costs decides how long nothing is tried."""
+    cheap, dear = (live(Pace((4,), "auto"), 20000, draft=draft, chance=0) for draft in (0.5, 1.5))
+    assert cheap[1].count(4) > 1.5 * dear[1].count(4) > 10
+    assert max(cheap[0], dear[0]) < 1.03
