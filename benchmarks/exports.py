@@ -1,0 +1,94 @@
+"""What a decoding step of exported directories takes, beside live jaxllm without its own kernels, in turn.
+
+    python benchmarks/exports.py MODEL DIR [DIR ...] [--format q4f16_1] [--dtype float32] [--rounds 5] [--steps 32]
+
+MODEL, --format and --dtype are what the directories were exported from: "live" is its decode program, jitted here
+within `ops.portable()`. Each directory runs in this process by the runner of its target, so all of them, and their
+packages, have to go into one environment; run the command once for each where they do not. Medians of rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import statistics
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+import jaxllm
+from jaxllm import ops
+from jaxllm.checkpoint.canonical import flatten
+from jaxllm.export import manifest as manifests
+from jaxllm.export import target
+from jaxllm.export.options import Options, settled
+from jaxllm.export.parameters import abstract, named
+from jaxllm.export.program import programs
+from jaxllm.model import Model
+from jaxllm.quant import quantize_model
+
+
+class Live:
+    """The programs that are exported, jitted where they were made."""
+
+    def __init__(self, model: Model, options: Options):
+        made = programs(model.config, abstract(model.params), options)
+        self._params = named(flatten(model.params))
+        self._calls = {p.name: jax.jit(p.call, donate_argnums=1) for p in made}
+        self._empty = {p.name: (p.shape, p.dtype, p.initial) for p in made[0].inputs if p.role == "state"}
+
+    def start(self) -> dict[str, Any]:
+        return {name: jax.numpy.full(shape, fill, dtype) for name, (shape, dtype, fill) in self._empty.items()}
+
+    def step(self, program: str, state: Any, inputs: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], Any]:
+        with ops.portable():
+            results, state = self._calls[program](self._params, state, inputs)
+        return {k: np.asarray(x) for k, x in results.items()}, state
+
+
+def seconds(runner: Any, sizes: Options, steps: int) -> float:
+    """Of a decoding step behind one chunk of prompt."""
+    full = np.full(sizes.batch, sizes.chunk, np.int32)
+    tokens = np.arange(sizes.batch * sizes.chunk, dtype=np.int32).reshape(sizes.batch, -1) % 97
+    _, state = runner.step("prefill", runner.start(), {"tokens": tokens, "n_new": full})
+    one = {"tokens": tokens[:, :1], "n_new": np.ones_like(full)}
+    _, state = runner.step("decode", state, one)
+    began = time.perf_counter()
+    for _ in range(steps):
+        _, state = runner.step("decode", state, one)
+    return (time.perf_counter() - began) / steps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("folders", nargs="+", type=pathlib.Path)
+    parser.add_argument("--format")
+    parser.add_argument("--dtype")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=32)
+    args = parser.parse_args()
+    model = jaxllm.load(args.model, dtype=args.dtype)
+    model = quantize_model(model, args.format) if args.format else model
+    opened = {folder: manifests.opened(folder) for folder in args.folders}
+    fields = ("context", "window", "sinks", "chunk", "batch")
+    sizes = settled(Options(**{k: opened[args.folders[0]][k] for k in fields}), model.config)
+    ways: dict[str, Any] = {"live": Live(model, sizes)}
+    ways |= {str(f): target.find(m["target"]["name"]).run(f, m) for f, m in opened.items()}
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(args.rounds + 1):
+        for name, runner in ways.items():
+            took = seconds(runner, sizes, args.steps)
+            if turn:
+                found[name].append(took)
+    live = statistics.median(found["live"])
+    print("| | ms a step | times live |\n|---|---|---|")
+    for name, took in found.items():
+        middle = statistics.median(took)
+        print(f"| {name} | {1e3 * middle:.2f} | {middle / live:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
