@@ -1,6 +1,4 @@
 """ONNX operators for JAX's indexed reads and writes, and for loops (jax.lax.gather, scatter, scan).
-
-Only what one row of a batch needs: axes along which several rows would be read apart are of length 1.
 """
 
 from __future__ import annotations
@@ -20,8 +18,6 @@ def gather(g: Graph, params: dict, out: Any, x: Input, index: Input) -> Value:
     """jax.lax.gather: windows of x [...] at index i32 [..., n]."""
     dn, sizes, x = params["dimension_numbers"], params["slice_sizes"], g.value(x)
     gone = {*dn.collapsed_slice_dims, *dn.operand_batching_dims}
-    if any(not same(x.shape[axis], 1) for axis in dn.operand_batching_dims):
-        raise Unsupported("an indexed read of several rows")
     moved = [(j, axis) for j, axis in enumerate(dn.start_index_map) if not same(sizes[axis], x.shape[axis])]
     if isinstance(index, np.ndarray) and index.ndim == 1:
         for j, axis in moved:
@@ -29,6 +25,10 @@ def gather(g: Graph, params: dict, out: Any, x: Input, index: Input) -> Value:
         return g.reshape(x, out.shape)
     index, batch = g.whole(index), tuple(index.shape[:-1])
     starts = [_start(g, index, j) for j, _ in moved]
+    for axis, along in zip(dn.operand_batching_dims, dn.start_indices_batching_dims, strict=True):
+        if not same(x.shape[axis], 1):
+            moved.append((-1, axis))
+            starts.append(_counted(g, batch, along))
     rest = [i for i in range(len(out.shape)) if i not in dn.offset_dims]
     limits = [_limit(g, x.shape[axis], sizes[axis]) for _, axis in moved]
     inside = [g.elementwise("Max", s, np.zeros((), np.int64), dtype=np.int64) for s in starts]
@@ -47,6 +47,15 @@ def _start(g: Graph, index: Value, j: int) -> Value:
     """int64 [...]: column j of an index [..., n]."""
     column = g.slice(index, len(index.shape) - 1, j, 1)
     return g.cast(g.reshape(column, index.shape[:-1]), np.int64)
+
+
+def _counted(g: Graph, batch: tuple, along: int) -> Value:
+    """int64 [...]: 0, 1, 2 ... along one of the axes."""
+    zero, one, end = np.zeros((), np.int64), np.ones((), np.int64), g.reshape(g.length(batch[along]), ())
+    line = g.op("Range", zero, end, one, shape=(batch[along],), dtype=np.int64)
+    actual = tuple(length if i == along else 1 for i, length in enumerate(batch))
+    line = g.reshape(line, actual)
+    return g.whole(Value(line.name, batch, line.dtype, actual))
 
 
 def _limit(g: Graph, length: Any, size: Any) -> Value:

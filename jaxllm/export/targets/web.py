@@ -37,6 +37,8 @@ def refuses(config: ModelConfig, values: Values, formats: Formats, options: Opti
     for path, f in formats.items():
         if reason := refused(f):
             return f"{path} is in {f.name}: {reason}; int4_g32, q4f16_1 and int8_g32 can be taken"
+        if f.zero and path == "embed.w":
+            return f"the embedding is in {f.name}, whose codes of zero its lookup there has none of; try int4_g32"
     try:
         leaves = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in params_shape(config).items()}
         program, _ = programs(_single(config), leaves, options)
