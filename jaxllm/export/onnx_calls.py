@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxllm.errors import CheckpointError
 from jaxllm.export.onnx_graph import MICROSOFT, Graph, Unsupported, Value
 from jaxllm.export.onnx_packed import blocks
 from jaxllm.quant import QTensor, dequantize
@@ -31,9 +32,19 @@ class Parameter:
 
 
 def tensor(g: Graph, p: Parameter) -> Value:
-    """A parameter as it is; where it has 16 bits, widened when the session begins."""
-    made = g.tensor(p.name, p.shape, p.dtype, p.fetch)
-    return g.cast(made, F32) if p.dtype.name in ("float16", "bfloat16") else made
+    """A parameter; where it has 16 bits, in float16, and widened when the session begins.
+
+    Browsers' builds read no bfloat16. As float16 its numbers are the same from 2^-17 on, and within 2^-25 below."""
+    if p.dtype.name not in ("float16", "bfloat16"):
+        return g.tensor(p.name, p.shape, p.dtype, p.fetch)
+    return g.cast(g.tensor(p.name, p.shape, np.float16, lambda: _half(p)), F32)
+
+
+def _half(p: Parameter) -> np.ndarray:
+    x = p.fetch()
+    if x.dtype != np.float16 and np.abs(x.astype(np.float32)).max(initial=0) > np.finfo(np.float16).max:
+        raise CheckpointError(f"{p.name} has numbers beyond float16, in which 16 bits are stored there")
+    return x.astype(np.float16)
 
 
 def read(g: Graph, x: Any) -> Input:
@@ -125,16 +136,32 @@ def embed(g: Graph, out: Any, numbers: Mapping[str, Any], w: Any, tokens: Input)
     name, N = w.codes.name.removesuffix(".codes"), w.shape[0]
     codes = g.tensor(f"{name}.codes", _codes_shape(w, found), np.uint8, found.codes)
     scales = g.reshape(_scales(g, w, found, name, (N, found.count)), (N, found.count, 1))
-    zeros = None
+    rows = lambda a: g.op("Gather", a, tokens, shape=(*tokens.shape, *a.shape[1:]), dtype=a.dtype, axis=0)
+    x = _levels(g, rows(codes), found.bits)
+    zero = np.asarray(2 ** (found.bits - 1), F32)
     if found.zeros:
-        raise Unsupported("an embedding with codes of zero of its own")
-    wide = (*tokens.shape, found.count, found.block)
-    attributes = dict(gather_axis=0, quantize_axis=2, block_size=found.block, bits=found.bits)
-    x = g.op(
-        "GatherBlockQuantized", codes, tokens, scales, zeros, shape=wide, dtype=F32, domain=MICROSOFT, **attributes
-    )
+        width = -(-found.count * found.bits // 8)
+        zero = _levels(g, rows(g.tensor(f"{name}.zeros", (N, width), np.uint8, found.zeros)), found.bits)
+        zero = g.slice(zero, len(zero.shape) - 1, 0, found.count)
+        zero = g.reshape(zero, (*zero.shape, 1))
+    scale = rows(scales)
+    x = g.elementwise("Mul", g.elementwise("Sub", x, zero, dtype=F32, shape=x.shape), scale, dtype=F32, shape=x.shape)
     x = g.reshape(x, (*tokens.shape, found.count * found.block))
     return g.slice(x, len(out.shape) - 1, 0, out.shape[-1])
+
+
+def _levels(g: Graph, codes: Value, bits: int) -> Value:
+    """u8 [.., n] -> f32 [.., n * 8 / bits]: each byte's codes, the low one first."""
+    x = g.cast(codes, F32)
+    if bits == 8:
+        return x
+    sixteen = np.asarray(16, F32)
+    number = lambda op, *xs: g.elementwise(op, *xs, dtype=F32)
+    high = number("Floor", number("Div", x, sixteen))
+    low = number("Sub", x, number("Mul", high, sixteen))
+    pair = (*x.shape, 1)
+    both = g.concatenate([g.reshape(part, pair) for part in (low, high)], len(x.shape), (*x.shape, 2))
+    return g.reshape(both, (*x.shape[:-1], 2 * x.shape[-1]))
 
 
 def grouped_matmul(g: Graph, out: Any, numbers: Mapping[str, Any], x: Input, w: Any, expert: Input) -> Value:

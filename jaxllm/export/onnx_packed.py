@@ -84,8 +84,8 @@ def blocks(q: QTensor, fetch: Callable[[str], np.ndarray]) -> Blocks:
         whole = np.pad(whole, [(0, 0)] * (whole.ndim - 1) + [(0, whole.shape[-1] % 2)])
         return whole[..., 0::2] | whole[..., 1::2] << 4
 
-    half = q.scale.dtype.name in ("float16", "bfloat16") and q.super_scale is None
-    dtype = q.scale.dtype if half else np.dtype(np.float32)
+    half = q.scale.dtype.name == "float16" and q.super_scale is None
+    dtype = np.dtype(np.float16 if half else np.float32)
     return Blocks(bits, block, count, codes, scales, dtype, zeros if f.zero else None)
 
 

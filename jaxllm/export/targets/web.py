@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxllm.checkpoint.canonical import flatten
 from jaxllm.config import ModelConfig, params_shape
-from jaxllm.export import onnx_file
+from jaxllm.export import onnx_file, web_assets, web_page
 from jaxllm.export.onnx_convert import NEW, converted
 from jaxllm.export.onnx_graph import Graph, Unsupported
 from jaxllm.export.onnx_packed import refused
@@ -37,8 +37,6 @@ def refuses(config: ModelConfig, values: Values, formats: Formats, options: Opti
     for path, f in formats.items():
         if reason := refused(f):
             return f"{path} is in {f.name}: {reason}; int4_g32, q4f16_1 and int8_g32 can be taken"
-        if f.zero and path == "embed.w":
-            return f"the embedding is in {f.name}, whose codes of zero its lookup there has none of; try int4_g32"
     try:
         leaves = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in params_shape(config).items()}
         program, _ = programs(_single(config), leaves, options)
@@ -68,6 +66,9 @@ def build(job: Job) -> Built:
     built = tuple(_ports(program, kept) for program in pair)
     files = {program.name: {"onnx": MODEL} for program in built}
     versions = {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__, "opset": str(onnx_file.OPSET)}
+    versions |= web_assets.versions()
+    models = dict.fromkeys(("webgpu", "wasm"), (MODEL, *parameters))
+    web_page.write(job, built[0], NEW, models)
     limits = {"tokens": f"1 to {job.options.chunk} of a call", "output_prefix": NEW}
     return Built(built, files, tuple(parameters), versions, limits)
 
