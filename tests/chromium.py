@@ -9,6 +9,7 @@ import os
 import pathlib
 import select
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -46,7 +47,7 @@ class Chromium:
         command = [found(), *FLAGS, f"--user-data-dir={self._profile.name}", "about:blank"]
         shell = ["sh", "-c", f'exec "$@" 3<&{taken} 4>&{given}', "sh", *command]
         quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
-        self._process = subprocess.Popen(shell, pass_fds=(taken, given), **quiet)
+        self._process = subprocess.Popen(shell, pass_fds=(taken, given), start_new_session=True, **quiet)
         os.close(taken)
         os.close(given)
         self._session = None
@@ -62,7 +63,7 @@ class Chromium:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._process.kill()
+        os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         os.close(self._in)
         os.close(self._out)

@@ -158,6 +158,12 @@ def _concatenate(g: Graph, params: dict, out: Any, *xs: Input) -> Value:
     return g.concatenate(list(xs), params["dimension"], out.shape)
 
 
+def _stack(g: Graph, params: dict, out: Any, *xs: Input) -> Value:
+    axis = params["axis"]
+    lined = [g.reshape(x, (*out.shape[:axis], 1, *out.shape[axis + 1 :])) for x in xs]
+    return g.concatenate(lined, axis, out.shape)
+
+
 def _slice(g: Graph, params: dict, out: Any, x: Input) -> Value:
     if params["strides"] and any(s != 1 for s in params["strides"]):
         raise Unsupported("a slice with strides")
@@ -312,6 +318,7 @@ RULES: dict[str, Rule] = {
     "transpose": _transpose,
     "concatenate": _concatenate,
     "slice": _slice,
+    "stack": _stack,
     "pad": _pad,
     "rev": _reverse,
     "reduce_sum": _reduce("ReduceSum"),

@@ -138,12 +138,11 @@ def _single(folder: pathlib.Path, page: Mapping[str, Any], assets: Mapping[str, 
         held |= {name: (folder / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
     style = f"<style>\n{(SOURCE / 'page.css').read_text(encoding='utf-8')}</style>"
     script = f'<script type="module">\n{(SOURCE / "page.js").read_text(encoding="utf-8")}</script>'
-    return _filled(style, "\n".join(_element(name, data) for name, data in held.items()), script)
+    elements = [_element(name, data, name not in page["files"]) for name, data in held.items()]
+    return _filled(style, "\n".join(elements), script)
 
 
-def _element(name: str, data: bytes) -> str:
-    """A file as an element that no browser runs."""
-    packed = gzip.compress(data, mtime=0)
-    smaller = len(packed) < 0.9 * len(data)
-    kind, data = (' data-packed="gzip"', packed) if smaller else ("", data)
+def _element(name: str, data: bytes, pack: bool) -> str:
+    """A file as an element that no browser runs; numbers of models are not worth packing."""
+    kind, data = (' data-packed="gzip"', gzip.compress(data, mtime=0)) if pack else ("", data)
     return f'<script type="text/plain" id="file:{name}"{kind}>{base64.b64encode(data).decode()}</script>'

@@ -29,6 +29,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 
 def main() -> None:
+    """Serve until it is stopped. PORT 0 takes a free one."""
     port = int(sys.argv[1]) if len(sys.argv) > 1 else 8000
     handler = functools.partial(Handler, directory=pathlib.Path(__file__).parent)
     with http.server.ThreadingHTTPServer(("127.0.0.1", port), handler) as server:
