@@ -11,6 +11,7 @@ import select
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from typing import Any
@@ -28,6 +29,14 @@ FLAGS = (
     "--disable-background-networking",
     "--remote-debugging-pipe",
 )
+# Chromium reads what it is told from 3 and writes what it says to 4.
+MOVED = """
+import fcntl, os, sys
+taken, given = (fcntl.fcntl(int(n), fcntl.F_DUPFD, 10) for n in sys.argv[1:3])
+os.dup2(taken, 3)
+os.dup2(given, 4)
+os.execvp(sys.argv[3], sys.argv[3:])
+"""
 ENTER = dict(key="Enter", code="Enter", windowsVirtualKeyCode=13, text="\r")
 
 
@@ -45,12 +54,19 @@ class Chromium:
         taken, self._out = os.pipe()
         self._in, given = os.pipe()
         command = [found(), *FLAGS, f"--user-data-dir={self._profile.name}", "about:blank"]
-        shell = ["sh", "-c", f'exec "$@" 3<&{taken} 4>&{given}', "sh", *command]
+        shell = [sys.executable, "-c", MOVED, str(taken), str(given), *command]
         quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
         self._process = subprocess.Popen(shell, pass_fds=(taken, given), start_new_session=True, **quiet)
         os.close(taken)
         os.close(given)
         self._session = None
+        try:
+            self._begin(width, height)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def _begin(self, width: int, height: int) -> None:
         pages = [t for t in self.call("Target.getTargets")["targetInfos"] if t["type"] == "page"]
         attached = self.call("Target.attachToTarget", targetId=pages[0]["targetId"], flatten=True)
         self._session = attached["sessionId"]

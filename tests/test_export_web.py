@@ -146,7 +146,7 @@ def test_blocks_stand_for_the_same_numbers(format, columns):
     if found.zeros:
         zero = found.zeros()
         zero = zero if found.bits == 8 else np.stack([zero & 15, zero >> 4], -1).reshape(6, -1)[:, : found.count]
-    values = (codes.astype(np.float32) - zero[..., None]) * found.scales().astype(np.float32)[..., None]
+    values = (codes.astype(np.float32) - zero.astype(np.float32)[..., None]) * found.scales().astype(np.float32)[..., None]
     np.testing.assert_array_equal(values.reshape(6, -1)[:, :columns], dequantize(q, np.float32))
 
 

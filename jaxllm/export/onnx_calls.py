@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from jaxllm.errors import CheckpointError
+from jaxllm.export import onnx_bytes
 from jaxllm.export.onnx_graph import MICROSOFT, Graph, Unsupported, Value
 from jaxllm.export.onnx_packed import blocks
 from jaxllm.quant import QTensor, dequantize
@@ -77,8 +78,10 @@ def packed_product(g: Graph, shape: tuple, x: Value, q: QTensor) -> Value:
     if q.order is not None:
         order = g.cast(read(g, q.order), np.int64)
         x = g.op("Gather", x, order, shape=x.shape, dtype=F32, axis=len(x.shape) - 1)
+    if g.bytes:
+        return onnx_bytes.product(g, shape, x, _bytes(g, q))
     found = blocks(q, lambda part: getattr(q, part).fetch())
-    name, N = q.codes.name.removesuffix(".codes"), q.shape[0]
+    name, N = _name(q), q.shape[0]
     codes = g.tensor(f"{name}.codes", _codes_shape(q, found), np.uint8, found.codes)
     scales = _scales(g, q, found, name, (N, found.count))
     zeros = None
@@ -107,13 +110,21 @@ def expanded(g: Graph, w: Any) -> Value:
     """A weight as f32, packed or not: for what has no operator of packed ones."""
     if not isinstance(w, QTensor):
         return g.cast(read(g, w), F32)
-    name = w.codes.name.removesuffix(".codes")
+    return g.tensor(f"{_name(w)}.expanded", w.shape, F32, lambda: _values(w))
 
-    def fetch() -> np.ndarray:
-        parts = {part: p.fetch() for part, p in w.parts().items()}
-        return dequantize(QTensor(**parts, format=w.format, columns=w.columns, dtype_name="float32"))
 
-    return g.tensor(f"{name}.expanded", w.shape, F32, fetch)
+def _name(q: QTensor) -> str:
+    return q.codes.name.removesuffix(".codes")
+
+
+def _values(q: QTensor) -> np.ndarray:
+    parts = {part: p.fetch() for part, p in q.parts().items()}
+    return dequantize(QTensor(**parts, format=q.format, columns=q.columns, dtype_name="float32"))
+
+
+def _bytes(g: Graph, q: QTensor) -> onnx_bytes.Rows:
+    """Rows of bytes, whose columns are in the order of the codes."""
+    return onnx_bytes.rows(g, _name(q), q.shape, lambda: _values(replace(q, order=None)))
 
 
 def per_head(g: Graph, out: Any, numbers: Mapping[str, Any], x: Input, w: Any) -> Value:
@@ -132,8 +143,10 @@ def embed(g: Graph, out: Any, numbers: Mapping[str, Any], w: Any, tokens: Input)
         return g.cast(g.op("Gather", rows, tokens, shape=out.shape, dtype=rows.dtype, axis=0), out.dtype)
     if w.order is not None:
         return g.op("Gather", expanded(g, w), tokens, shape=out.shape, dtype=F32, axis=0)
+    if g.bytes:
+        return onnx_bytes.lookup(g, out, _bytes(g, w), g.value(tokens))
     found = blocks(w, lambda part: getattr(w, part).fetch())
-    name, N = w.codes.name.removesuffix(".codes"), w.shape[0]
+    name, N = _name(w), w.shape[0]
     codes = g.tensor(f"{name}.codes", _codes_shape(w, found), np.uint8, found.codes)
     scales = g.reshape(_scales(g, w, found, name, (N, found.count)), (N, found.count, 1))
     rows = lambda a: g.op("Gather", a, tokens, shape=(*tokens.shape, *a.shape[1:]), dtype=a.dtype, axis=0)
@@ -210,8 +223,10 @@ def _of_expert(g: Graph, shape: tuple, x: Value, w: Any, owner: Value) -> Value:
         return g.op("Gemm", x, one, shape=shape, dtype=F32, transB=1)
     if w.order is not None:
         raise Unsupported("experts with columns in an order of their own")
+    if g.bytes:
+        return onnx_bytes.product(g, shape, x, onnx_bytes.of_expert(g, _bytes(g, w), owner))
     found, (E, N) = blocks(w, lambda part: getattr(w, part).fetch()), w.shape[:2]
-    name = w.codes.name.removesuffix(".codes")
+    name = _name(w)
     width = -(-found.count * found.bits // 8)
     parts = [
         g.tensor(f"{name}.codes", _codes_shape(w, found), np.uint8, found.codes),
@@ -271,7 +286,7 @@ def attend(g: Graph, out: Any, numbers: Mapping[str, Any], q: Input, k: Value, v
     turned = g.reshape(g.transpose(q, (0, 2, 4, 1, 3)), (1, K, h, T * G))
     scores = g.op("MatMul", g.whole(k), turned, shape=(1, K, S, T * G), dtype=F32)
     scores = g.transpose(g.reshape(scores, (1, K, S, T, G)), (0, 1, 3, 4, 2))  # [1, K, T, G, S]
-    number = lambda op, x, y: g.elementwise(op, x, y, dtype=F32, shape=scores.shape)
+    number = lambda op, *xs: g.elementwise(op, *xs, dtype=F32, shape=scores.shape)
     if numbers["softcap"]:
         scores = number("Mul", scores, np.asarray(numbers["scale"], F32))
     if bias is not None:
@@ -283,9 +298,7 @@ def attend(g: Graph, out: Any, numbers: Mapping[str, Any], q: Input, k: Value, v
         cap = np.asarray(numbers["softcap"], F32)
         scores = number("Mul", g.elementwise("Tanh", number("Div", scores, cap), dtype=F32), cap)
     seen = g.reshape(mask, (1, 1, T, 1, S))
-    scores = number("Where", seen, scores) if False else g.elementwise(
-        "Where", seen, scores, np.asarray(np.finfo(F32).min), dtype=F32, shape=scores.shape
-    )
+    scores = number("Where", seen, scores, np.asarray(np.finfo(F32).min, F32))
     weights = _weights(g, scores, sinks)
     y = g.op("MatMul", g.reshape(weights, (1, K, T * G, S)), g.whole(v), shape=(1, K, T * G, j), dtype=F32)
     return g.transpose(g.reshape(y, (1, K, T, G, j)), (0, 2, 1, 3, 4))

@@ -47,14 +47,16 @@ def converted(
     longest: int,
     fetch: Callable[[str], np.ndarray],
     groups: Mapping[str, str],
+    *,
+    bytes: bool = False,
 ) -> Graph:
     """The graph of a program, whose parameters are fetched by name when they are written.
 
-    groups: state array -> the one that always has the same numbers, and stands for it.
+    groups: state array -> the one that always has the same numbers, and stands for it. bytes: as in Graph.
     Raises Unsupported for what has no operator there."""
     closed = traced(program, longest)
     params, state, _ = program.specs
-    g = Graph()
+    g = Graph(bytes=bytes)
     arguments: list[Any] = [
         Parameter(name, tuple(x.shape), np.dtype(x.dtype), lambda name=name: fetch(name))
         for name, x in sorted(params.items())

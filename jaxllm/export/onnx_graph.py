@@ -94,10 +94,13 @@ def broadcast(*shapes: Axes) -> Axes:
 
 
 class Graph:
-    """Nodes in the order in which they can run. A graph inside of another has that one as `outer`."""
+    """Nodes in the order in which they can run. A graph inside of another has that one as `outer`.
 
-    def __init__(self, outer: Graph | None = None):
+    bytes: packed weights are to be rows of bytes (`onnx_bytes.py`)."""
+
+    def __init__(self, outer: Graph | None = None, *, bytes: bool = False):
         self.outer = outer
+        self.bytes = bytes if outer is None else outer.bytes
         self.nodes: list[Node] = []
         self.tensors: dict[str, Tensor] = {} if outer is None else outer.tensors
         self.inputs: list[Value] = []
