@@ -44,8 +44,8 @@ def portable() -> AbstractContextManager[None]:
 
 
 def named() -> AbstractContextManager[None]:
-    """Within it, programs are traced with every operation here as one equation of `calls.call`, under the function's
-    name: for converters to runtimes with operators of their own. They can be lowered no more."""
+    """Within it, programs are traced with every operation here as one equation of `calls.call`, under the
+    function's name: for converters to runtimes with operators of their own. They can be lowered no more."""
     return _NAMED(True)
 
 

@@ -1,4 +1,4 @@
-"""A headless Chromium, driven through its DevTools protocol over a pipe (chromedevtools.github.io/devtools-protocol)."""
+"""A headless Chromium, driven over a pipe (chromedevtools.github.io/devtools-protocol)."""
 
 from __future__ import annotations
 

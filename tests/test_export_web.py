@@ -128,10 +128,13 @@ def test_positions_are_kept_once_and_packed_weights_stay_packed(tmp_path):
     for path, leaf in flatten(model_of("full", "int4_g32").params).items():
         if f"{path}.codes" in held:
             own = np.s_[:, : leaf.columns // 2]  # behind them is what fills up the last block
-            assert (held[f"{path}.codes"].reshape(leaf.shape[0], -1)[own] == np.asarray(leaf.codes)[own]).all(), path
+            codes = held[f"{path}.codes"].reshape(leaf.shape[0], -1)
+            assert (codes[own] == np.asarray(leaf.codes)[own]).all(), path
 
 
-@pytest.mark.parametrize("format", ["int4_g32", "q4f16_1", "int8_g64", "int8", "int3_g32", "uint4_g64", "int6_g128"])
+@pytest.mark.parametrize(
+    "format", ["int4_g32", "q4f16_1", "int8_g64", "int8", "int3_g32", "uint4_g64", "int6_g128"]
+)
 @pytest.mark.parametrize("columns", [128, 96, 80])
 def test_blocks_stand_for_the_same_numbers(format, columns):
     """By ONNX Runtime's definition of the layout, written out here."""
@@ -146,7 +149,8 @@ def test_blocks_stand_for_the_same_numbers(format, columns):
     if found.zeros:
         zero = found.zeros()
         zero = zero if found.bits == 8 else np.stack([zero & 15, zero >> 4], -1).reshape(6, -1)[:, : found.count]
-    values = (codes.astype(np.float32) - zero.astype(np.float32)[..., None]) * found.scales().astype(np.float32)[..., None]
+    codes, zero, scales = (np.asarray(x, np.float32) for x in (codes, zero, found.scales()))
+    values = (codes - zero[..., None]) * scales[..., None]
     np.testing.assert_array_equal(values.reshape(6, -1)[:, :columns], dequantize(q, np.float32))
 
 
@@ -278,7 +282,7 @@ def test_packages_are_the_pinned_ones_or_none(tmp_path, monkeypatch):
         web_assets.files()
     monkeypatch.delenv(web_assets.FOLDER)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "none"))
-    monkeypatch.setenv("npm_config_registry", "http://127.0.0.1:1/")
+    monkeypatch.setenv("NPM_CONFIG_REGISTRY", "http://127.0.0.1:1/")
     with pytest.raises(MissingExtraError, match=f"cannot be read .*set {web_assets.FOLDER} to a folder with"):
         web_assets.files()
 
@@ -338,12 +342,13 @@ def elsewhere(page: chromium.Chromium, url: str) -> list[str]:
 
 @browser
 def test_a_page_from_a_disk_in_webassembly(pages, tmp_path):
-    """Opened as a file: the prompt's ids and 64 greedy tokens are the live model's; then it talks on, and stops."""
+    """Opened as a file: the prompt's ids and 64 greedy tokens are the live model's; then it talks, and stops."""
     url = (pages["file"] / "index.html").as_uri()
     with chromium.Chromium() as page:
         prompt, made = chat(page, url, "wasm", 64)
         assert (prompt, made) == live_tokens(str(pages["file"]), 64)
-        assert re.search(r"64 tokens · [\d.]+ tokens/s", page.evaluate("document.getElementById('status').textContent"))
+        status = page.evaluate("document.getElementById('status').textContent")
+        assert re.search(r"64 tokens · [\d.]+ tokens/s", status)
         page.type("x = 1")
         page.enter()
         page.wait("document.querySelectorAll('article.assistant').length === 2")

@@ -35,7 +35,8 @@ class Parameter:
 def tensor(g: Graph, p: Parameter) -> Value:
     """A parameter; where it has 16 bits, in float16, and widened when the session begins.
 
-    Browsers' builds read no bfloat16. As float16 its numbers are the same from 2^-17 on, and within 2^-25 below."""
+    Browsers' builds read no bfloat16. As float16 its numbers are the same from 2^-17 on, and within 2^-25 below.
+    """
     if p.dtype.name not in ("float16", "bfloat16"):
         return g.tensor(p.name, p.shape, p.dtype, p.fetch)
     return g.cast(g.tensor(p.name, p.shape, np.float16, lambda: _half(p)), F32)
@@ -88,9 +89,7 @@ def packed_product(g: Graph, shape: tuple, x: Value, q: QTensor) -> Value:
     if found.zeros:
         zeros = g.tensor(f"{name}.zeros", (N, -(-found.count * found.bits // 8)), np.uint8, found.zeros)
     attributes = dict(K=q.columns, N=N, bits=found.bits, block_size=found.block, accuracy_level=_level(q))
-    return g.op(
-        "MatMulNBits", x, codes, scales, zeros, shape=shape, dtype=F32, domain=MICROSOFT, **attributes
-    )
+    return g.op("MatMulNBits", x, codes, scales, zeros, shape=shape, dtype=F32, domain=MICROSOFT, **attributes)
 
 
 def _level(q: QTensor) -> int:
@@ -158,7 +157,8 @@ def embed(g: Graph, out: Any, numbers: Mapping[str, Any], w: Any, tokens: Input)
         zero = g.slice(zero, len(zero.shape) - 1, 0, found.count)
         zero = g.reshape(zero, (*zero.shape, 1))
     scale = rows(scales)
-    x = g.elementwise("Mul", g.elementwise("Sub", x, zero, dtype=F32, shape=x.shape), scale, dtype=F32, shape=x.shape)
+    number = lambda op, *xs: g.elementwise(op, *xs, dtype=F32, shape=x.shape)
+    x = number("Mul", number("Sub", x, zero), scale)
     x = g.reshape(x, (*tokens.shape, found.count * found.block))
     return g.slice(x, len(out.shape) - 1, 0, out.shape[-1])
 
@@ -178,18 +178,24 @@ def _levels(g: Graph, codes: Value, bits: int) -> Value:
 
 
 def grouped_matmul(g: Graph, out: Any, numbers: Mapping[str, Any], x: Input, w: Any, expert: Input) -> Value:
-    """Row i of x [R, in] times w[expert[i]] of w [E, out, in], experts never decreasing: a turn for each expert that
-    is there, of the rows that are its own."""
+    """Row i of x [R, in] times w[expert[i]] of w [E, out, in], experts never decreasing: a turn for each expert
+    that is there, of the rows that are its own."""
     x, expert = g.whole(g.cast(x, F32)), g.whole(expert)
     R = x.shape[0]
     vector = dict(shape=("n",), dtype=np.int64)
-    before = g.op("Pad", expert, np.array([1, 0], np.int64), np.array(-1, np.int32), shape=(R + 1,), dtype=np.int32)
+    none = np.array(-1, np.int32)
+    before = g.op("Pad", expert, np.array([1, 0], np.int64), none, shape=(R + 1,), dtype=np.int32)
     before = g.slice(before, 0, 0, R)
     first = g.elementwise("Not", g.elementwise("Equal", before, expert, dtype=bool), dtype=bool)
     starts = g.op("NonZero", first, shape=(1, "n"), dtype=np.int64)
     starts = g.op("Squeeze", starts, np.array([0], np.int64), **vector)
-    ends = g.op("Concat", g.op("Slice", starts, np.array([1]), np.array([2**31]), np.array([0]), **vector),
-                g.length(R), axis=0, **vector)
+    ends = g.op(
+        "Concat",
+        g.op("Slice", starts, np.array([1]), np.array([2**31]), np.array([0]), **vector),
+        g.length(R),
+        axis=0,
+        **vector,
+    )
     count = g.reshape(g.op("Shape", starts, shape=(1,), dtype=np.int64), ())
     empty = g.op("Expand", np.zeros((), F32), g.lengths(out.shape), shape=out.shape, dtype=F32)
     body = _turn(g, x, w, expert, starts, ends, out)
@@ -209,8 +215,13 @@ def _turn(g: Graph, x: Value, w: Any, expert: Value, starts: Value, ends: Value,
     rows = body.op("Slice", x, start, end, np.array([0]), shape=(*some, x.shape[1]), dtype=F32)
     own = _of_expert(body, (*some, out.shape[1]), rows, w, owner)
     scalars = [body.reshape(start, ()), body.reshape(end, ()), np.ones((), np.int64)]
-    place = body.op("Unsqueeze", body.op("Range", *scalars, shape=some, dtype=np.int64), np.array([1]),
-                    shape=(*some, 1), dtype=np.int64)
+    place = body.op(
+        "Unsqueeze",
+        body.op("Range", *scalars, shape=some, dtype=np.int64),
+        np.array([1]),
+        shape=(*some, 1),
+        dtype=np.int64,
+    )
     body.outputs.append((body.name("go"), body.op("Identity", go, shape=(), dtype=bool)))
     body.outputs.append((body.name("rows"), body.op("ScatterND", y, place, own, shape=out.shape, dtype=F32)))
     return body
@@ -233,9 +244,7 @@ def _of_expert(g: Graph, shape: tuple, x: Value, w: Any, owner: Value) -> Value:
         _scales(g, w, found, name, (E, N, found.count)),
         g.tensor(f"{name}.zeros", (E, N, width), np.uint8, found.zeros) if found.zeros else None,
     ]
-    own = [
-        p and g.op("Gather", p, owner, shape=p.shape[1:], dtype=p.dtype, axis=0) for p in parts
-    ]
+    own = [p and g.op("Gather", p, owner, shape=p.shape[1:], dtype=p.dtype, axis=0) for p in parts]
     attributes = dict(K=w.columns, N=N, bits=found.bits, block_size=found.block, accuracy_level=_level(w))
     return g.op("MatMulNBits", x, *own, shape=shape, dtype=F32, domain=MICROSOFT, **attributes)
 
@@ -263,7 +272,7 @@ def put(g: Graph, out: Any, numbers: Mapping[str, Any], cache: Value, x: Input, 
     """cache [1, K, S, h] with x [1, T, K, h] at slots i32 [1, T].
 
     A slot of S comes only where a row overflows, whose results are NaN from then on: the last slot is written."""
-    _, K, S, h = cache.shape
+    _, K, S, _ = cache.shape
     T = x.shape[1]
     last = g.elementwise("Min", slot, np.array(S - 1, np.int32), dtype=np.int32)
     slots = g.reshape(g.cast(last, np.int64), (1, 1, T, 1))
@@ -275,7 +284,9 @@ def put(g: Graph, out: Any, numbers: Mapping[str, Any], cache: Value, x: Input, 
     return g.op("ScatterND", cache, place, g.whole(g.transpose(x, (0, 2, 1, 3))), shape=cache.shape, dtype=F32)
 
 
-def attend(g: Graph, out: Any, numbers: Mapping[str, Any], q: Input, k: Value, v: Value, mask: Input, *extras) -> Value:
+def attend(
+    g: Graph, out: Any, numbers: Mapping[str, Any], q: Input, k: Value, v: Value, mask: Input, *extras: Any
+) -> Value:
     """Softmax attention of q [1, T, K, G, h] over k [1, K, S, h], v [1, K, S, j], mask bool [1, T, S]."""
     sinks, bias, slopes = (None if x is None else g.value(read(g, x)) for x in extras)
     _, T, K, G, h = q.shape
@@ -315,6 +326,4 @@ def _weights(g: Graph, scores: Value, sinks: Value | None) -> Value:
     return g.slice(g.op("Softmax", more, shape=more.shape, dtype=F32, axis=-1), 4, 0, S)
 
 
-CALLS = {
-    f.__name__: f for f in (matmul, per_head, embed, grouped_matmul, norm, put, attend)
-}
+CALLS = {f.__name__: f for f in (matmul, per_head, embed, grouped_matmul, norm, put, attend)}

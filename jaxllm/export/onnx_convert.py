@@ -1,7 +1,7 @@
 """From a traced program to an ONNX graph, equation by equation.
 
-The program is traced once, with the number of tokens of a call as a symbol: one graph reads prompts and single tokens,
-and there is one copy of the weights. What `ops.named` keeps whole becomes ONNX Runtime's own operators
+The program is traced once, with the number of tokens of a call as a symbol: one graph reads prompts and single
+tokens, and there is one copy of the weights. What `ops.named` keeps whole becomes ONNX Runtime's own operators
 (`onnx_calls.py`), every other primitive an operator of ONNX (`onnx_rules.py`, `onnx_index.py`).
 """
 
@@ -61,7 +61,8 @@ def converted(
         Parameter(name, tuple(x.shape), np.dtype(x.dtype), lambda name=name: fetch(name))
         for name, x in sorted(params.items())
     ]
-    held = {name: g.input(name, x.shape, x.dtype) for name, x in sorted(state.items()) if groups.get(name, name) == name}
+    own = [name for name in sorted(state) if groups.get(name, name) == name]
+    held = {name: g.input(name, state[name].shape, state[name].dtype) for name in own}
     arguments += [held[groups.get(name, name)] for name in sorted(state)]
     arguments.append(g.input("tokens", closed.jaxpr.invars[-1].aval.shape, np.int32))
     results = evaluated(g, closed.jaxpr, [np.asarray(c) for c in closed.consts], arguments)

@@ -1,18 +1,17 @@
 """An ONNX graph while it is written: values, nodes, and tensors that lie in files beside it.
 
-A value knows two shapes: the one the traced program gives it, whose axes may be symbolic (tokens of a call), and the
-one it has when it runs, where an axis that nobody has broadcast yet is still 1. Equal nodes are made once. What no
-output needs is left out when the graph is written, and only then are tensors fetched.
+A value knows two shapes: the one the traced program gives it, whose axes may be symbolic (tokens of a call), and
+the one it has when it runs, where an axis that nobody has broadcast yet is still 1. Equal nodes are made once.
+What no output needs is left out when the graph is written, and only then are tensors fetched.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 Axes = tuple[Any, ...]  # ints, and sums of multiples of one symbol
@@ -290,11 +289,3 @@ def numbers(x: np.ndarray) -> bytes:
     """As ONNX has them in a file: little-endian rows."""
     x = np.ascontiguousarray(x)
     return x.astype(x.dtype.newbyteorder("<")).tobytes() if x.dtype.byteorder == ">" else x.tobytes()
-
-
-def dtype_named(name: str) -> np.dtype:
-    """Of a name of TYPES."""
-    return np.dtype(getattr(ml_dtypes, name, name))
-
-
-Fetched = Mapping[str, Callable[[], np.ndarray]]

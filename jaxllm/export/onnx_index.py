@@ -1,5 +1,4 @@
-"""ONNX operators for JAX's indexed reads and writes, and for loops (jax.lax.gather, scatter, scan).
-"""
+"""ONNX operators for JAX's indexed reads and writes, and for loops (jax.lax.gather, scatter, scan)."""
 
 from __future__ import annotations
 
@@ -87,9 +86,7 @@ def _windows(g: Graph, x: Value, starts: list[Value], windows: list, batch: tupl
             raise Unsupported("an indexed read of windows along several axes")
         first = [axis for axis, _ in windows]
         after = [i for i in range(len(x.shape)) if i not in first]
-        parts = [
-            g.op("Unsqueeze", g.whole(s), np.array([-1]), shape=(*batch, 1), dtype=np.int64) for s in starts
-        ]
+        parts = [g.op("Unsqueeze", g.whole(s), np.array([-1]), shape=(*batch, 1), dtype=np.int64) for s in starts]
         place = g.concatenate(parts, len(batch), (*batch, len(first)))
         shape = (*batch, *(x.shape[i] for i in after))
         found = g.op("GatherND", g.transpose(x, first + after), place, shape=shape, dtype=x.dtype)
@@ -112,8 +109,8 @@ def _filled(g: Graph, params: dict, out: Any, found: Value, starts, inside, rest
 
 
 def scatter(reduction: str | None):
-    """The rule of jax.lax.scatter and its kin: x [...] with updates at index i32 [..., n], of single elements along
-    the indexed axes and of everything along the others."""
+    """The rule of jax.lax.scatter and its kin: x [...] with updates at index i32 [..., n], of single elements
+    along the indexed axes and of everything along the others."""
 
     def rule(g: Graph, params: dict, out: Any, x: Input, index: Input, updates: Input) -> Value:
         dn, x, index, updates = params["dimension_numbers"], g.whole(x), g.whole(index), g.whole(updates)
@@ -124,8 +121,8 @@ def scatter(reduction: str | None):
         rest, count = [x.shape[i] for i in after], _product([x.shape[i] for i in first])
         place = _flat_place(g, index, [x.shape[i] for i in first], count)
         lines = g.reshape(g.transpose(x, first + after), [count, *rest])
-        drop = g.reshape(g.op("Expand", np.zeros((), x.dtype), g.lengths((1, *rest)), shape=(1, *rest), dtype=x.dtype),
-                         (1, *rest))
+        line = (1, *rest)  # what is dropped goes there
+        drop = g.op("Expand", np.zeros((), x.dtype), g.lengths(line), shape=line, dtype=x.dtype)
         lines = g.concatenate([lines, drop], 0, (count + 1, *rest))
         batch = [i for i in range(len(updates.shape)) if i not in dn.update_window_dims]
         updates = g.transpose(updates, [*batch, *dn.update_window_dims])
@@ -151,8 +148,12 @@ def _flat_place(g: Graph, index: Value, lengths: list, count: Any) -> Value:
     for j, length in enumerate(lengths):
         part = _start(g, index, j)
         end = g.reshape(g.length(length), ())
-        fits = g.elementwise("And", g.elementwise("GreaterOrEqual", part, np.zeros((), np.int64), dtype=bool),
-                             g.elementwise("Less", part, end, dtype=bool), dtype=bool)
+        fits = g.elementwise(
+            "And",
+            g.elementwise("GreaterOrEqual", part, np.zeros((), np.int64), dtype=bool),
+            g.elementwise("Less", part, end, dtype=bool),
+            dtype=bool,
+        )
         good = fits if good is None else g.elementwise("And", good, fits, dtype=bool)
         if place is not None:
             place = g.elementwise("Mul", place, end, dtype=np.int64)

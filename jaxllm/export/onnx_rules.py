@@ -88,21 +88,16 @@ def _log1p(g: Graph, params: dict, out: Any, x: Input) -> Value:
 
 
 def _expm1(g: Graph, params: dict, out: Any, x: Input) -> Value:
-    return g.elementwise(
-        "Sub", g.elementwise("Exp", x, dtype=out.dtype), np.ones((), out.dtype), dtype=out.dtype
-    )
+    return g.elementwise("Sub", g.elementwise("Exp", x, dtype=out.dtype), np.ones((), out.dtype), dtype=out.dtype)
 
 
 def _erfc(g: Graph, params: dict, out: Any, x: Input) -> Value:
-    return g.elementwise(
-        "Sub", np.ones((), out.dtype), g.elementwise("Erf", x, dtype=out.dtype), dtype=out.dtype
-    )
+    return g.elementwise("Sub", np.ones((), out.dtype), g.elementwise("Erf", x, dtype=out.dtype), dtype=out.dtype)
 
 
 def _clamp(g: Graph, params: dict, out: Any, low: Input, x: Input, high: Input) -> Value:
-    return g.elementwise(
-        "Min", g.elementwise("Max", x, low, dtype=out.dtype, shape=out.shape), high, dtype=out.dtype, shape=out.shape
-    )
+    like = dict(dtype=out.dtype, shape=out.shape)
+    return g.elementwise("Min", g.elementwise("Max", x, low, **like), high, **like)
 
 
 def _select(g: Graph, params: dict, out: Any, which: Input, *cases: Input) -> Value:

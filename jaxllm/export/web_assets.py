@@ -1,7 +1,7 @@
 """What a page needs of others: ONNX Runtime for browsers, a tokenizer and a template engine, from npm's registry.
 
-They are fetched once, when a page is made, as npm would fetch them: by version, and held against the registry's own
-checksum. Without a network JAXLLM_WEB_ASSETS names a folder with the same archives, as `npm pack` writes them.
+They are fetched once, when a page is made, by version, and held against the registry's own checksum. Without a
+network JAXLLM_WEB_ASSETS names a folder with the same archives, as `npm pack` writes them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from jaxllm.files import write_whole
 from jaxllm.progress import progress
 
 FOLDER = "JAXLLM_WEB_ASSETS"
-REGISTRY = "https://registry.npmjs.org"  # npm_config_registry says another, as for npm
+REGISTRY = "https://registry.npmjs.org"  # NPM_CONFIG_REGISTRY says another, as for npm
+LICENSE = "package/LICENSE"
 LIMIT = 120  # seconds that the registry may be silent
 
 
@@ -80,19 +81,21 @@ def files() -> dict[str, bytes]:
 
     Raises MissingExtraError where an archive is not to be had, or is not the one that was pinned."""
     with progress("packages of the page", len(PACKAGES)) as advance:
-        opened = {}
+        found, texts = {}, []
         for package in PACKAGES:
-            opened[package] = tarfile.open(fileobj=io.BytesIO(_archive(package)), mode="r:gz")
+            wanted = {f"package/{path}": name for name, (own, path) in WANTED.items() if own == package}
+            held = _opened(_archive(package), {*wanted, LICENSE})
+            found |= {name: held[path] for path, name in wanted.items()}
+            text = held.get(LICENSE, b"").decode()
+            texts.append(f"{package.name} {package.version}: {package.license}\n\n{text}")
             advance()
-    read = lambda package, path: opened[package].extractfile(f"package/{path}").read()
-    found = {name: read(*at) for name, at in WANTED.items()}
-    texts = []
-    for package, archive in opened.items():
-        own = [name for name in archive.getnames() if name.startswith("package/LICENSE")]
-        text = read(package, own[0].removeprefix("package/")).decode() if own else ""
-        texts.append(f"{package.name} {package.version}: {package.license}\n\n{text}")
-        archive.close()
     return found | {"licenses.txt": "\n\n".join(texts).encode()}
+
+
+def _opened(data: bytes, wanted: set[str]) -> dict[str, bytes]:
+    """Those of an archive's files that are wanted and there."""
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:gz") as archive:
+        return {m.name: archive.extractfile(m).read() for m in archive if m.isfile() and m.name in wanted}
 
 
 def _archive(package: Package) -> bytes:
@@ -115,15 +118,16 @@ def _archive(package: Package) -> bytes:
 
 
 def _fetched(package: Package, path: pathlib.Path) -> bytes:
-    registry = os.environ.get("npm_config_registry", REGISTRY).rstrip("/")
+    registry = os.environ.get("NPM_CONFIG_REGISTRY", REGISTRY).rstrip("/")
     url = f"{registry}/{package.name}/-/{package.name.rpartition('/')[2]}-{package.version}.tgz"
     try:
         with urllib.request.urlopen(url, timeout=LIMIT) as answer:
             data = answer.read()
     except (urllib.error.URLError, OSError, ValueError) as error:
         raise MissingExtraError(
-            f"the page needs {package.name} {package.version}, and {url} cannot be read ({error}); where there is no "
-            f"network, set {FOLDER} to a folder with {package.archive}, from npm pack {package.name}@{package.version}"
+            f"the page needs {package.name} {package.version}, and {url} cannot be read ({error}); where there is "
+            f"no network, set {FOLDER} to a folder with {package.archive}, as "
+            f"npm pack {package.name}@{package.version} makes it"
         ) from error
     if not _is(package, data):
         raise MissingExtraError(f"{url} is not the {package.name} {package.version} that was pinned; try again")

@@ -1,7 +1,7 @@
 """A page that runs the model in a browser: ONNX for onnxruntime-web, on WebGPU or in WebAssembly.
 
-One graph with ONNX Runtime's own operators reads prompts and single tokens, in float32 (not every GPU's browser has
-16 bits); packed weights stay packed. It is verified by the runtime's build for CPUs, which has the same operators.
+One graph with ONNX Runtime's own operators reads prompts and single tokens, in float32 (not every GPU's browser
+has 16 bits); packed weights stay packed. It is verified by the runtime's build for CPUs.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from jaxllm.checkpoint.canonical import flatten
 from jaxllm.config import ModelConfig, params_shape
 from jaxllm.errors import JaxllmError
 from jaxllm.export import onnx_file, web_assets, web_page
+from jaxllm.export.manifest import formats_of
 from jaxllm.export.onnx_convert import NEW, converted
 from jaxllm.export.onnx_graph import Graph, Unsupported
-from jaxllm.export.manifest import formats_of
 from jaxllm.export.onnx_packed import refused
 from jaxllm.export.options import Options
 from jaxllm.export.parameters import abstract, named
@@ -29,7 +29,7 @@ from jaxllm.export.target import Built, Formats, Job, Target, Values
 
 MODEL = "model.onnx"
 BYTES = "model.int8.onnx"  # for WebAssembly, where packed weights are slow
-BYTES_ALLOWED = 0.25  # difference of its logits, over the largest: activations of 8 bits, and weights rounded again
+BYTES_ALLOWED = 0.25  # difference of its logits, over the largest: weights are rounded again, and activations
 
 
 def refuses(config: ModelConfig, values: Values, formats: Formats, options: Options) -> str | None:
@@ -102,7 +102,8 @@ def merged(program: Program, longest: int, fetch) -> tuple[Graph, dict[str, str]
 
 def only(g: Graph, groups: Mapping[str, str]) -> Graph:
     """The graph with outputs of the arrays that stand for others."""
-    g.outputs = [(n, x) for n, x in g.outputs if n == "logits" or groups[n.removeprefix(NEW)] == n.removeprefix(NEW)]
+    kept = {"logits", *(NEW + first for first in groups.values())}
+    g.outputs = [(name, x) for name, x in g.outputs if name in kept]
     return g
 
 
@@ -133,8 +134,10 @@ class Runner:
 
     def start(self) -> dict[str, dict[str, np.ndarray]]:
         """An empty state of each model."""
-        return {kind: {p["name"]: np.full(p["shape"], p["initial"], p["dtype"]) for p in self._state}
-                for kind in self._sessions}
+        return {
+            kind: {p["name"]: np.full(p["shape"], p["initial"], p["dtype"]) for p in self._state}
+            for kind in self._sessions
+        }
 
     def step(self, program: str, state: Any, inputs: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], Any]:
         """See `jaxllm.export.target.Runner`."""
