@@ -33,8 +33,10 @@ FLAGS = (
 MOVED = """
 import fcntl, os, sys
 taken, given = (fcntl.fcntl(int(n), fcntl.F_DUPFD, 10) for n in sys.argv[1:3])
+os.closerange(3, 10)
 os.dup2(taken, 3)
 os.dup2(given, 4)
+os.closerange(5, max(taken, given) + 1)
 os.execvp(sys.argv[3], sys.argv[3:])
 """
 ENTER = dict(key="Enter", code="Enter", windowsVirtualKeyCode=13, text="\r")
@@ -48,7 +50,7 @@ def found() -> str | None:
 class Chromium:
     """A browser with one page."""
 
-    def __init__(self, width: int = 1280, height: int = 800, patience: float = 240):
+    def __init__(self, width: int = 1280, height: int = 800, patience: float = 120):
         self.patience, self._ids, self._events, self._read = patience, itertools.count(1), [], b""
         self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         taken, self._out = os.pipe()

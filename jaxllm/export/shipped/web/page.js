@@ -39,7 +39,7 @@ async function codec(page) {
   const { Tokenizer } = await import(await link("tokenizers.min.mjs"));
   const tokenizer = new Tokenizer(await json("tokenizer.json"), await json("tokenizer_config.json"));
   const plain = (text) => Array.from(tokenizer.encode(text, { add_special_tokens: false }).ids);
-  const decode = (ids) => tokenizer.decode(ids, { skip_special_tokens: true });
+  const decode = (ids) => (ids.length ? tokenizer.decode(ids, { skip_special_tokens: true }) : "");
   if (!page.template) {
     return { decode, prompt: (turns) => [...page.begin, ...plain(turns.map((turn) => turn.content).join(""))] };
   }
