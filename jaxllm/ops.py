@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 
 from jaxllm import kernels, native, softmax
+from jaxllm.calls import call
 from jaxllm.derivative import tangent
 from jaxllm.native import packed
 from jaxllm.partition import split
@@ -28,6 +29,7 @@ from jaxllm.quant.cache import CacheCodes, quantized
 Array = jax.Array
 
 _PORTABLE = jax.make_user_context(False)  # part of the key of every jitted program
+_NAMED = jax.make_user_context(False)
 
 _LAST = (((1,), (1,)), ((), ()))  # contract the last axis of both operands
 FEW_ROWS = 32  # below this a gather of each row's expert beats sorting rows into blocks (CPU)
@@ -39,6 +41,12 @@ ATTENTION = "b t k g _, b k _ _, b k _ _, b t _, k g, b k t g _, k g -> b t k g 
 def portable() -> AbstractContextManager[None]:
     """Within it, programs are traced without kernels of any platform: for export to machines without them."""
     return _PORTABLE(True)
+
+
+def named() -> AbstractContextManager[None]:
+    """Within it, programs are traced with every operation here as one equation of `calls.call`, under the
+    function's name: for converters to runtimes with operators of their own. They can be lowered no more."""
+    return _NAMED(True)
 
 
 def explain(x: Array, w: Array | QTensor) -> str:
@@ -53,9 +61,12 @@ def _refused(reason: str | None) -> str | None:
 
 def matmul(x: Array, w: Array | QTensor, *, out: jnp.dtype | None = None) -> Array:
     """x [..., in] times w [out, in] transposed -> [..., out], accumulated in f32, in `out` or x's dtype."""
-    rows, out = x.reshape(-1, x.shape[-1]), jnp.dtype(out or x.dtype)
+    out = jnp.dtype(out or x.dtype)
     if isinstance(w, adapted.LoRA):
         return (matmul(x, w.w, out=jnp.float32) + adapted.added(x, w)).astype(out)
+    if _NAMED.value:
+        return call("matmul", x, w, shape=(*x.shape[:-1], w.shape[0]), dtype=out)
+    rows = x.reshape(-1, x.shape[-1])
     if isinstance(w, QTensor):
         y = _packed_product(rows, w, out)
     elif _refused(native.refuses_matmul(rows, w)):
@@ -130,6 +141,8 @@ def gated(x: Array, gate: Array, up: Array, act: str, activate: Callable) -> Arr
 
 def _gating(x: Array, gate: Array | QTensor, up: Array | QTensor, act: str) -> Callable | None:
     """The kernel that takes these, if there is one."""
+    if _NAMED.value:
+        return None
     both = [kind for kind in (QTensor, jax.Array) if isinstance(gate, kind) and isinstance(up, kind)]
     if not both:
         return None
@@ -166,6 +179,8 @@ def _dot_padded(x: Array, w: Array) -> Array:
 
 def per_head(x: Array, w: Array | QTensor) -> Array:
     """x [B, T, H, in] times each head's w [H, out, in] -> [B, T, H, out] in x's dtype."""
+    if _NAMED.value:
+        return call("per_head", x, w, shape=(*x.shape[:-1], w.shape[1]), dtype=x.dtype)
     w = dequantize(w, x.dtype) if isinstance(w, QTensor) else w
     y = jnp.einsum("bthi,hoi->btho", x, w.astype(x.dtype), preferred_element_type=jnp.float32)
     return y.astype(x.dtype)
@@ -176,6 +191,8 @@ def embed(w: Array | QTensor, tokens: Array) -> Array:
     if isinstance(w, adapted.LoRA):
         x = embed(w.w, tokens)
         return (x + adapted.added_rows(tokens, w)).astype(x.dtype)
+    if _NAMED.value:
+        return call("embed", w, tokens, shape=(*tokens.shape, w.shape[1]), dtype=w.dtype)
     if isinstance(w, QTensor):
         return products.embed(w, tokens)
     number = tokens.reshape(-1, 1).astype(jnp.int32)
@@ -212,6 +229,8 @@ def grouped_matmul(x: Array, w: Array | QTensor, expert: Array) -> Array:
 
     The work grows with R, not with E. Differentiable in x and w to any order.
     """
+    if _NAMED.value:
+        return call("grouped_matmul", x, w, expert, shape=(x.shape[0], w.shape[1]), dtype=jnp.float32)
     return _grouped(x, w if isinstance(w, QTensor) else w.astype(x.dtype), expert)
 
 
@@ -288,6 +307,8 @@ def norm(x: Array, w: Array, b: Array | None = None, *, eps: float, centered: bo
 
     w, b: [D], or what broadcasts to x.
     """
+    if _NAMED.value:
+        return call("norm", x, w, b, shape=x.shape, dtype=x.dtype, eps=eps, centered=centered)
     rows = x.reshape(-1, x.shape[-1])
     if _refused(native.refuses_norm(x, w, b)):
         return _xla_norm(x, w, b, eps, centered)
@@ -320,6 +341,8 @@ def once(x: Array) -> Array:
 
     XLA for CPU removes its barriers before it joins operations, and then repeats costly ones in every user.
     """
+    if _NAMED.value:
+        return x
     x = lax.optimization_barrier(x)
     axes = " ".join("abcdefgh"[: x.ndim])
     kept = split(native.keep, f"{axes} -> {axes}")
@@ -332,6 +355,8 @@ def put(cache: Array | CacheCodes, x: Array, slot: Array) -> Array | CacheCodes:
         x = quantized(x, cache)
         return replace(cache, codes=put(cache.codes, x.codes, slot), scale=put(cache.scale, x.scale, slot))
     x = x.astype(cache.dtype)
+    if _NAMED.value:
+        return call("put", cache, x, slot, shape=cache.shape, dtype=cache.dtype)
     return (_xla_put if _refused(native.refuses_put(cache)) else _put)(cache, x, slot)
 
 
@@ -376,6 +401,9 @@ def attend(
     The other arguments as in `softmax.attention_weights`.
     """
     numbers = dict(scale=scoring["scale"], softcap=scoring.get("softcap"))
+    if _NAMED.value:
+        extras = (sinks, scoring.get("bias"), scoring.get("slopes"))
+        return call("attend", q, k, v, mask, *extras, shape=(*q.shape[:-1], v.shape[-1]), dtype=q.dtype, **numbers)
     if not _attention_kernels(q, k, v, scoring.get("bias"), numbers):
         return softmax.attend(q, k, v, mask, sinks=sinks, **scoring)
     return _attend(q, k, v, mask, sinks, scoring.get("bias"), scoring.get("slopes"), *numbers.values())
