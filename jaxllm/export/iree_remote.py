@@ -1,0 +1,76 @@
+"""An exported IREE program in another Python, one for another processor under an emulator, say.
+
+`python iree_remote.py LOADER FOLDER MANIFEST` imports nothing of jaxllm. Messages are numpy's .npz archives with their
+length before them: asked for {"program", inputs...}, or for nothing, which empties the state, it gives the results.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import pathlib
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any, BinaryIO
+
+import numpy as np
+
+PROGRAM = "program"  # key of its name among the arrays of a message
+
+
+class Remote:
+    """The `Artifact` of run_iree.py, in a process that `command` starts: an interpreter with IREE's runtime."""
+
+    def __init__(self, command: Sequence[str], folder: pathlib.Path, manifest: str):
+        arguments = [__file__, str(folder / "run_iree.py"), str(folder), manifest]
+        self._process = subprocess.Popen([*command, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.where = str(_received(self._process.stdout)["where"])
+
+    def reset(self) -> None:
+        self._asked({})
+
+    def step(self, program: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return self._asked({PROGRAM: np.array(program), **inputs})
+
+    def _asked(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        _send(self._process.stdin, arrays)
+        return _received(self._process.stdout)
+
+
+def _send(stream: BinaryIO, arrays: dict[str, np.ndarray]) -> None:
+    data = io.BytesIO()
+    np.savez(data, **arrays)
+    stream.write(len(data.getvalue()).to_bytes(8, "little") + data.getvalue())
+    stream.flush()
+
+
+def _received(stream: BinaryIO) -> dict[str, np.ndarray] | None:
+    """None at the end of the stream."""
+    if not (size := stream.read(8)):
+        return None
+    with np.load(io.BytesIO(stream.read(int.from_bytes(size, "little"))), allow_pickle=False) as found:
+        return dict(found)
+
+
+def serve(artifact: Any, asked: BinaryIO, answers: BinaryIO) -> None:
+    """Answer until there are no more questions."""
+    _send(answers, {"where": np.array(artifact.where)})
+    while (arrays := _received(asked)) is not None:
+        if PROGRAM in arrays:
+            _send(answers, artifact.step(str(arrays.pop(PROGRAM)), arrays))
+        else:
+            artifact.reset()
+            _send(answers, {})
+
+
+def main(loader: str, folder: str, manifest: str) -> None:
+    """Serve an artifact on the standard streams."""
+    spec = importlib.util.spec_from_file_location("run_iree", loader)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    serve(module.Artifact(folder, manifest), sys.stdin.buffer, sys.stdout.buffer)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
