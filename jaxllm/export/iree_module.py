@@ -1,16 +1,16 @@
 """Both programs of an export as one module for IREE's compiler: parameters outside it, the state inside.
 
     module @model {
-      util.global private @"parameter.layers.0.mixer.q.w" = #flow.parameter.named<"model"::"layers.0.mixer.q.w"> ...
+      util.global private @"parameter.norm.w" = #flow.parameter.named<"model"::"norm.w"> : tensor<256xf32>
       util.global private mutable @"state.layers.0.k" = ...
       func.func public @reset() { ... }
       func.func public @prefill(%tokens, %n_new) -> logits { ... call @prefill.main(...) ... }
       func.func public @decode(%tokens, %n_new) -> logits { ... }
     }
 
-Globals that begin with one value, or that a function gives one value, share their memory (IREE 3.13), and what is
-then written into one appears in the others. So each begins with bits of its own, and `reset` makes each empty state
-from what the global holds, in a way that the compiler cannot see through.
+Globals that begin with one value, or that a function gives one value, share their memory (IREE 3.13), and what
+is then written into one appears in the others. So each begins with bits of its own, and `reset` makes each empty
+state from what the global holds, in a way that the compiler cannot see through.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def module(programs: Sequence[tuple[Program, bytes]]) -> str:
 
 
 def _converted(name: str, data: bytes) -> tuple[list[str], list[str], list[str]]:
-    """(functions as text, private and with names that begin with `name.`; types of main's arguments; of its results)."""
+    """(functions as text, private and named `name.` and more; types of main's arguments; types of its results)."""
     with mlir.make_ir_context():
         parsed = ir.Module.parse(stablehlo.deserialize_portable_artifact_str(data))
         functions = list(parsed.body)
@@ -65,8 +65,9 @@ def _rename(op: ir.Operation, name: str) -> None:
         for unread in ("arg_attrs", "res_attrs"):
             if unread in attributes:
                 del attributes[unread]
-    if "callee" in attributes:
-        attributes["callee"] = ir.FlatSymbolRefAttr.get(f"{name}.{attributes['callee'].value}")
+    for used in ("callee", "decomposition"):
+        if used in attributes:
+            attributes[used] = ir.FlatSymbolRefAttr.get(f"{name}.{attributes[used].value}")
     for region in op.regions:
         for block in region:
             for inner in block:

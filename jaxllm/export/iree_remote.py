@@ -1,7 +1,7 @@
 """An exported IREE program in another Python, one for another processor under an emulator, say.
 
-`python iree_remote.py LOADER FOLDER MANIFEST` imports nothing of jaxllm. Messages are numpy's .npz archives with their
-length before them: asked for {"program", inputs...}, or for nothing, which empties the state, it gives the results.
+`python iree_remote.py LOADER FOLDER MANIFEST` imports nothing of jaxllm. Messages are numpy's .npz archives with
+their length before them: asked for {"program", inputs...} it gives the results; {} empties the state.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import pathlib
+import platform
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -24,18 +25,34 @@ class Remote:
 
     def __init__(self, command: Sequence[str], folder: pathlib.Path, manifest: str):
         arguments = [__file__, str(folder / "run_iree.py"), str(folder), manifest]
-        self._process = subprocess.Popen([*command, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self.where = str(_received(self._process.stdout)["where"])
+        self._command, pipe = " ".join(command), subprocess.PIPE
+        self._process = subprocess.Popen([*command, *arguments], stdin=pipe, stdout=pipe)
+        self.where = str(self._heard()["where"])
 
     def reset(self) -> None:
+        """Forget every token."""
         self._asked({})
 
     def step(self, program: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Results of "prefill" or "decode"."""
         return self._asked({PROGRAM: np.array(program), **inputs})
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
 
     def _asked(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         _send(self._process.stdin, arrays)
-        return _received(self._process.stdout)
+        return self._heard()
+
+    def _heard(self) -> dict[str, np.ndarray]:
+        if (found := _received(self._process.stdout)) is None:
+            from jaxllm.errors import CheckpointError
+
+            raise CheckpointError(
+                f"{self._command} cannot run the program; it should start a Python with iree.runtime"
+            )
+        return found
 
 
 def _send(stream: BinaryIO, arrays: dict[str, np.ndarray]) -> None:
@@ -55,7 +72,7 @@ def _received(stream: BinaryIO) -> dict[str, np.ndarray] | None:
 
 def serve(artifact: Any, asked: BinaryIO, answers: BinaryIO) -> None:
     """Answer until there are no more questions."""
-    _send(answers, {"where": np.array(artifact.where)})
+    _send(answers, {"where": np.array(f"{artifact.where} of {platform.machine()}")})
     while (arrays := _received(asked)) is not None:
         if PROGRAM in arrays:
             _send(answers, artifact.step(str(arrays.pop(PROGRAM)), arrays))

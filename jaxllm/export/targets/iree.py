@@ -1,12 +1,11 @@
 """IREE: one program for a CPU or GPU, parameters beside it, the state inside; for C programs, phones and Python.
 
-github.com/iree-org/iree. Its compiler makes a program for a platform that need not be here. Where it is not, the same
-module is compiled for this machine, and that is run.
+github.com/iree-org/iree. Its compiler makes a program for a platform that need not be here. Where it is not, the
+same module is compiled for this machine, and that is run.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import pathlib
 import platform as machine
@@ -36,7 +35,11 @@ CPU = ("--iree-hal-target-backends=llvm-cpu",)
 GPU = ("--iree-hal-indirect-command-buffers=false",)
 HERE = (*CPU, "--iree-llvmcpu-target-cpu=host")
 FLAGS = {  # of iree-compile. Programs for CPUs are of no operating system
-    "x86_64": (*CPU, "--iree-llvmcpu-target-triple=x86_64-unknown-linux-gnu", "--iree-llvmcpu-target-cpu=x86-64-v3"),
+    "x86_64": (
+        *CPU,
+        "--iree-llvmcpu-target-triple=x86_64-unknown-linux-gnu",
+        "--iree-llvmcpu-target-cpu=x86-64-v3",
+    ),
     "aarch64": (
         *CPU,
         "--iree-llvmcpu-target-triple=aarch64-unknown-linux-gnu",
@@ -67,7 +70,8 @@ def build(job: Job) -> Built:
     for name in (RUNNER, EXAMPLE):
         shutil.copyfile(pathlib.Path(shipped.__file__).with_name(name), job.folder / name)
     files = {program.name: {"vmfb": PROGRAM, "mlir": SOURCE} for program in job.programs}
-    return Built(job.programs, files, (PARAMETERS,), versions(), {"flags": [*COMMON, *FLAGS[job.options.platform]]})
+    limits = {"flags": [*COMMON, *FLAGS[job.options.platform]]}
+    return Built(job.programs, files, (PARAMETERS,), versions(), limits)
 
 
 def versions() -> dict[str, str]:
@@ -122,14 +126,14 @@ class Runner:
 
 def _opened(folder: pathlib.Path, name: str, platform: str, aside: pathlib.Path) -> tuple[Any, str, str]:
     """(the artifact, how it runs, by what)."""
-    loader = _imported(folder / RUNNER)
+    loader = shipped.imported(folder / RUNNER)
     by = f"iree-base-runtime {versions()['iree-base-runtime']}"
     if _native(platform) and (device := loader.device_of(platform)):
         artifact = loader.Artifact(folder, name, device=device)
         return artifact, "executed", f"{artifact.where}, {by}"
     if platform == "aarch64" and (command := os.environ.get(SIMULATOR)):
         remote = iree_remote.Remote(shlex.split(command), folder, name)
-        return remote, "simulated", f"{remote.where}, by {pathlib.Path(shlex.split(command)[0]).name}, {by}"
+        return remote, "simulated", f"{remote.where}, by {shlex.split(command)[0]}, {by}"
     compile_to(folder / SOURCE, aside / PROGRAM, HERE)
     artifact = loader.Artifact(folder, name, device=loader.device_of("host"), program=aside / PROGRAM)
     return artifact, "compiled", f"the same module compiled for this machine and run on {artifact.where}, {by}"
@@ -138,13 +142,6 @@ def _opened(folder: pathlib.Path, name: str, platform: str, aside: pathlib.Path)
 def _native(platform: str) -> bool:
     """Whether a program for a CPU is for this one; those for GPUs are asked for a device."""
     return platform not in NATIVE or machine.machine() in NATIVE[platform]
-
-
-def _imported(path: pathlib.Path) -> Any:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
 
 
 TARGET = Target(
