@@ -12,7 +12,7 @@ import platform as machine
 import shlex
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,9 +30,10 @@ from jaxllm.export.targets.stablehlo import exported, portable
 SOURCE, PROGRAM, PARAMETERS = "model.mlir", "model.vmfb", "model.irpa"
 RUNNER, EXAMPLE = "run_iree.py", "run_iree.c"
 SIMULATOR = "JAXLLM_IREE_AARCH64"  # a command that runs Python with IREE's runtime for aarch64
-CPU = ("--iree-hal-target-backends=llvm-cpu",)
-# With indirect ones, a program on Vulkan goes on using the buffers of its first call (IREE 3.13).
-GPU = ("--iree-hal-indirect-command-buffers=false",)
+CPU = ("--iree-opt-level=O2", "--iree-hal-target-backends=llvm-cpu")
+# With indirect ones, a program on Vulkan goes on using the buffers of its first call (IREE 3.13). O2 joins what
+# then needs more shared memory than the GPU of a phone has.
+GPU = ("--iree-opt-level=O1", "--iree-hal-indirect-command-buffers=false")
 HERE = (*CPU, "--iree-llvmcpu-target-cpu=host")
 FLAGS = {  # of iree-compile. Programs for CPUs are of no operating system
     "x86_64": (
@@ -52,7 +53,6 @@ FLAGS = {  # of iree-compile. Programs for CPUs are of no operating system
     "metal": (*GPU, "--iree-hal-target-backends=metal-spirv"),
     "host": HERE,
 }
-COMMON = ("--iree-opt-level=O2",)
 NATIVE = {"x86_64": ("x86_64", "AMD64"), "aarch64": ("aarch64", "arm64")}  # platform -> names of such machines
 
 
@@ -70,7 +70,7 @@ def build(job: Job) -> Built:
     for name in (RUNNER, EXAMPLE):
         shutil.copyfile(pathlib.Path(shipped.__file__).with_name(name), job.folder / name)
     files = {program.name: {"vmfb": PROGRAM, "mlir": SOURCE} for program in job.programs}
-    limits = {"flags": [*COMMON, *FLAGS[job.options.platform]]}
+    limits = {"flags": list(FLAGS[job.options.platform])}
     return Built(job.programs, files, (PARAMETERS,), versions(), limits)
 
 
@@ -82,12 +82,12 @@ def versions() -> dict[str, str]:
     return {"iree-base-compiler": compiler.VERSION, "iree-base-runtime": runtime.VERSION}
 
 
-def compile_to(source: pathlib.Path, program: pathlib.Path, flags: tuple[str, ...]) -> None:
+def compile_to(source: pathlib.Path, program: pathlib.Path, flags: Sequence[str]) -> None:
     """Raises JaxllmError with the compiler's first words where it fails."""
     from iree.compiler import CompilerToolError, compile_file
 
     try:
-        compile_file(str(source), output_file=str(program), input_type="stablehlo", extra_args=[*COMMON, *flags])
+        compile_file(str(source), output_file=str(program), input_type="stablehlo", extra_args=flags)
     except CompilerToolError as error:
         said = [line for line in str(error).splitlines() if "error:" in line][:2] or str(error).splitlines()[:2]
         raise JaxllmError("IREE's compiler cannot take this model:\n" + "\n".join(said)) from error
