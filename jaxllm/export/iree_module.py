@@ -26,6 +26,10 @@ from jaxllm.export.program import Port, Program
 
 NAME, SCOPE = "model", "model"  # of the module, and of its parameters
 LENGTH = "length"  # a state that is never negative
+SHIFTS = {
+    "stablehlo.shift_right_logical": stablehlo.shift_right_logical,
+    "stablehlo.shift_left": stablehlo.shift_left,
+}
 
 
 def module(programs: Sequence[tuple[Program, bytes]]) -> str:
@@ -50,6 +54,7 @@ def _converted(name: str, data: bytes) -> tuple[list[str], list[str], list[str]]
         functions = list(parsed.body)
         for function in functions:
             _rename(function.operation, name)
+            _widen_shifts(function.operation)
         main = next(f for f in functions if f.attributes["sym_name"].value == f"{name}.main")
         kind = main.attributes["function_type"].value
         text = [f.operation.get_asm(print_generic_op_form=True) for f in functions]
@@ -72,6 +77,22 @@ def _rename(op: ir.Operation, name: str) -> None:
         for block in region:
             for inner in block:
                 _rename(inner.operation, name)
+
+
+def _widen_shifts(op: ir.Operation) -> None:
+    """Shift bytes as integers of 32 bits: for GPUs without smaller ones, IREE 3.13 emulates all but this."""
+    for inner in [inner.operation for region in op.regions for block in region for inner in block]:
+        _widen_shifts(inner)
+        shift = SHIFTS.get(inner.name)
+        if shift is None or inner.results[0].type.element_type.width != 8:
+            continue
+        kind = inner.results[0].type
+        with ir.InsertionPoint(inner), inner.location:
+            wide = ir.RankedTensorType.get(kind.shape, ir.IntegerType.get_unsigned(32))
+            operands = [stablehlo.convert(wide, x) for x in inner.operands]
+            narrow = stablehlo.convert(kind, shift(*operands))
+        inner.results[0].replace_all_uses_with(narrow)
+        inner.erase()
 
 
 # ---- what is around it ----------------------------------------------------------------------------------

@@ -58,6 +58,11 @@ NATIVE = {"x86_64": ("x86_64", "AMD64"), "aarch64": ("aarch64", "arm64")}  # pla
 
 def refuses(config: ModelConfig, values: Values, formats: Formats, options: Options) -> str | None:
     """What IREE's compiler cannot take."""
+    if options.platform == "vulkan" and config.dtype != "float32":
+        return (
+            f"on Vulkan's baseline IREE computes in 32 bits, and these activations are {config.dtype}; give "
+            "--dtype float32, with which packed weights stay packed"
+        )
     return None
 
 
