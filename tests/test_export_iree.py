@@ -245,6 +245,20 @@ def test_the_compilers_words_are_heard(tmp_path):
         iree.compile_to(tmp_path / "bad.mlir", tmp_path / "out", iree.HERE)
 
 
+def test_vulkan_computes_in_32_bits(tmp_path, monkeypatch):
+    """What the model will be counts, not what the checkpoint is."""
+    monkeypatch.setattr(build, "_loaded", lambda *a: pytest.fail("that is work"))
+    monkeypatch.setattr(target.Target, "missing", lambda self: "nothing is installed")
+    options, source = Options(platform="vulkan"), jaxllm.bundled()
+    for more, error in (
+        (dict(format="q4f16_1"), "these activations are float16; give --dtype float32"),
+        (dict(dtype="bfloat16"), "these activations are bfloat16"),
+        (dict(format="q4f16_1", dtype="float32"), "nothing is installed"),
+    ):
+        with pytest.raises(JaxllmError, match=error):
+            build.export(source, "iree", tmp_path / "out", options=options, **more)
+
+
 def test_missing_packages_are_one_sentence(monkeypatch, tmp_path):
     def absent(name):
         raise ModuleNotFoundError(name)

@@ -84,7 +84,7 @@ def _widen_shifts(op: ir.Operation) -> None:
     for inner in [inner.operation for region in op.regions for block in region for inner in block]:
         _widen_shifts(inner)
         shift = SHIFTS.get(inner.name)
-        if shift is None or inner.results[0].type.element_type.width != 8:
+        if shift is None or str(inner.results[0].type.element_type) != "ui8":
             continue
         kind = inner.results[0].type
         with ir.InsertionPoint(inner), inner.location:
