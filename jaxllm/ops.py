@@ -379,15 +379,39 @@ def _xla_put(cache: Array, x: Array, slot: Array) -> Array:
 
 
 def _scatter(cache: Array, x: Array, slot: Array) -> Array:
+    if _PORTABLE.value:
+        x, slot = _inside(x, slot, cache.shape[2], cache[:, :, 0][:, None])
     row = jnp.arange(cache.shape[0])[:, None, None]
     return cache.at[row, jnp.arange(cache.shape[1]), slot[..., None]].set(x, mode="drop")
+
+
+def put_each(a: Array, x: Array, slot: Array) -> Array:
+    """`a` [B, S] with x [B, T] written at slots i32 [B, T]; slots of S or more are dropped."""
+    if _PORTABLE.value:
+        x, slot = _inside(x, slot, a.shape[1], a[:, :1])
+    return a.at[jnp.arange(a.shape[0])[:, None], slot].set(x, mode="drop")
+
+
+def _inside(x: Array, slot: Array, size: int, first: Array) -> tuple[Array, Array]:
+    """x [B, T, ...] and slots i32 [B, T] that write the same into `size` slots, of which slot 0 holds `first`
+    [B, 1, ...], and none lies outside: that is dropped by XLA, and by other compilers written somewhere else.
+
+    What would be dropped repeats the row's first write, or what slot 0 holds already.
+    """
+    t, kept = jnp.arange(slot.shape[1]), slot < size
+    source = jnp.where(kept, t, jnp.where(kept, t, slot.shape[1] - 1).min(1, keepdims=True))
+    some = kept.any(1, keepdims=True)
+    wide = lambda y: y.reshape(*y.shape, *[1] * (x.ndim - 2))
+    taken = jnp.take_along_axis(x, wide(source), 1, mode="clip")
+    slot = jnp.where(some, jnp.take_along_axis(slot, source, 1, mode="clip"), 0)
+    return jnp.where(wide(some), taken, first), slot
 
 
 def _select(cache: Array, x: Array, slot: Array) -> Array:
     # On CPU a scatter of bf16 converts the whole cache to f32 and back; choosing slot by slot works in place.
     B, T = slot.shape
     S = cache.shape[2]
-    source = jnp.full((B, S), -1, jnp.int32).at[jnp.arange(B)[:, None], slot].set(jnp.arange(T), mode="drop")
+    source = put_each(jnp.full((B, S), -1, jnp.int32), jnp.broadcast_to(jnp.arange(T), (B, T)), slot)
     x = x.swapaxes(1, 2)  # [B, K, T, h]
     new = x if T == 1 else jnp.take_along_axis(x, jnp.maximum(source, 0)[:, None, :, None], 2)
     return jnp.where((source >= 0)[:, None, :, None], new, cache)

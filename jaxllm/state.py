@@ -217,12 +217,11 @@ def slots(step: Step, size: int) -> Array:
 
 def write(cache: KV | Latent, new: tuple[Array, ...], step: Step) -> KV | Latent:
     """The cache with new values ([B, T, K, ...] each, in field order) and their positions in place."""
-    row = jnp.arange(step.pos.shape[0])[:, None]
     slot = slots(step, cache.pos.shape[1])
     names = ("k", "v") if isinstance(cache, KV) else ("c",)
     old = [getattr(cache, n) for n in names]
     put = [ops.put(a, x, slot) for a, x in zip(old, new, strict=True)]
-    pos = cache.pos.at[row, slot].set(step.pos, mode="drop")
+    pos = ops.put_each(cache.pos, step.pos, slot)
     return replace(cache, pos=pos, **dict(zip(names, put, strict=True)))
 
 
@@ -321,8 +320,7 @@ def _keep_path(cache: KV | Latent, state: State, start: Array, path: Array | Non
     kept = jnp.where(to < count[:, None], start + to, -1)
     source = slots(Step(start + path, jnp.maximum(path, 0), None, state.window, state.sinks), size)
     target = slots(Step(start + to, kept, None, state.window, state.sinks), size)
-    row = jnp.arange(kept.shape[0])[:, None]
-    pos = jnp.where(cache.pos >= start, EMPTY, cache.pos).at[row, target].set(kept, mode="drop")
+    pos = ops.put_each(jnp.where(cache.pos >= start, EMPTY, cache.pos), kept, target)
     lines = {
         n: _moved(getattr(cache, n), source, target) for n in (("k", "v") if isinstance(cache, KV) else ("c",))
     }

@@ -84,10 +84,17 @@ class Target:
 
     def missing(self) -> str | None:
         """Which modules are not installed, with the command that brings them."""
-        absent = [name for name in self.needs if importlib.util.find_spec(name) is None]
+        absent = [name for name in self.needs if not _installed(name)]
         if not absent:
             return None
         return f"the target {self.name} needs {' and '.join(absent)}: pip install 'jaxllm[{self.extra}]'"
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # nor is the package that it would be in
+        return False
 
 
 def names() -> list[str]:

@@ -7,7 +7,6 @@ own are left out, so that nothing but XLA is needed.
 
 from __future__ import annotations
 
-import importlib.util
 import pathlib
 import shutil
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from jaxllm.export import shipped
 from jaxllm.export.options import Options
 from jaxllm.export.parameters import write
 from jaxllm.export.program import Program
+from jaxllm.export.shipped import imported as _imported
 from jaxllm.export.target import Built, Formats, Job, Target, Values
 
 RUNNER = "run_stablehlo.py"
@@ -108,13 +108,6 @@ def _present(platform: str) -> bool:
         return bool(jax.devices(platform))
     except RuntimeError:
         return False
-
-
-def _imported(path: pathlib.Path) -> Any:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 TARGET = Target(
