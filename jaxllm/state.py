@@ -217,13 +217,11 @@ def slots(step: Step, size: int) -> Array:
 
 def write(cache: KV | Latent, new: tuple[Array, ...], step: Step) -> KV | Latent:
     """The cache with new values ([B, T, K, ...] each, in field order) and their positions in place."""
-    row = jnp.arange(step.pos.shape[0])[:, None]
     slot = slots(step, cache.pos.shape[1])
     names = ("k", "v") if isinstance(cache, KV) else ("c",)
     old = [getattr(cache, n) for n in names]
     put = [ops.put(a, x, slot) for a, x in zip(old, new, strict=True)]
-    pos = cache.pos.at[row, slot].set(step.pos, mode="drop")
-    return replace(cache, pos=pos, **dict(zip(names, put, strict=True)))
+    return replace(cache, pos=ops.mark(cache.pos, step.pos, slot), **dict(zip(names, put, strict=True)))
 
 
 def visible(cache: KV | Latent, step: Step, window: int | None = None, chunk: int | None = None) -> Array:
