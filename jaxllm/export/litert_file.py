@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import jax
 import numpy as np
 
+from jaxllm.errors import ConfigError
 from jaxllm.progress import progress
 from jaxllm.quant import Format, QTensor, dequantize
+from jaxllm.quant.formats import FORMATS
 from jaxllm.quant.qtensor import unpack
 
 ALIGN = 64  # bytes: a cache line, and enough for any instruction
@@ -37,11 +40,11 @@ def unfit(format: Format) -> str | None:
         return "LiteRT has codes of 8 bits with one scale a row only (int8)"
     if format.bits != 4:
         return "LiteRT's products take codes of 4 and 8 bits"
-    if format.group is None:
-        return None if format.center in (7, 8) else "its codes do not stand around zero"
-    if format.group not in BLOCKS or format.scale != "float16":
-        return f"LiteRT has 4 bits with float16 scales of {', '.join(map(str, BLOCKS))} columns"
-    return None
+    if FORMATS.get(format.name) == format and format.high != 2 * format.center:
+        return "its scales have either sign and LiteRT's are positive; q4f16_1 takes as many bits"
+    if format.group is not None and (format.group not in BLOCKS or format.scale != "float16"):
+        return f"LiteRT has 4 bits with float16 scales of {', '.join(map(str, BLOCKS))} columns, or of whole rows"
+    return None if format.center in (7, 8) else "its codes do not stand around zero"
 
 
 @dataclass
@@ -77,8 +80,6 @@ def write(path: pathlib.Path, data: bytes, leaves: Mapping[str, Any]) -> dict[st
 
 def _matrices(leaves: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """As `litert_program.apart` names them."""
-    import jax
-
     for path, leaf in leaves.items():
         if len(leaf.shape) == 3 and ".ffn." in path:
             for i in range(leaf.shape[0]):
@@ -110,7 +111,7 @@ class _Writer:
 
     def _put(self, graph, index: int, parameter: _Parameter) -> None:
         users = [(op, list(op.inputs).index(index)) for op in graph.operators if index in list(op.inputs)]
-        packed = isinstance(parameter.leaf, QTensor) and bool(users) and all(self._packs(op, at) for op, at in users)
+        packed = _whole(parameter.leaf) and bool(users) and all(self._packs(op, at) for op, at in users)
         self.kinds[parameter.name] = _kind(parameter.leaf) if packed else "float32"
         tensor = graph.tensors[index]
         if packed:
@@ -136,11 +137,11 @@ class _Writer:
         tensor.quantization = schema.QuantizationParametersT()
         tensor.quantization.quantizedDimension = 0
         if leaf.format.group is None:
-            tensor.quantization.scale = np.asarray(leaf.scale, np.float32).reshape(-1)
+            tensor.quantization.scale = np.abs(np.asarray(leaf.scale, np.float32).reshape(-1))
             tensor.quantization.zeroPoint = np.zeros(leaf.shape[0], np.int64)
             return
         scales = self._tensor(graph, tensor.name + b"_scales", leaf.scale.shape, schema.TensorType.FLOAT16)
-        graph.tensors[scales].buffer = self._stored(parameter, "scale", _plain(np.float16, leaf.scale))
+        graph.tensors[scales].buffer = self._stored(parameter, "scale", _scales(leaf))
         blocks = schema.BlockwiseQuantizationT()
         blocks.scales, blocks.zeroPoints, blocks.blockSize = scales, -1, leaf.format.group
         tensor.quantization.detailsType = schema.QuantizationDetails.BlockwiseQuantization
@@ -223,13 +224,18 @@ def _text(name: bytes | str) -> str:
 # ---- what a parameter is in a file --------------------------------------------------------------------------
 
 
+def _whole(leaf: Any) -> bool:
+    """Whether it is packed, in groups that are full."""
+    return isinstance(leaf, QTensor) and leaf.padded == leaf.columns and leaf.order is None
+
+
 def _kind(leaf: QTensor) -> str:
     return f"int{leaf.format.bits}"
 
 
-def _plain(dtype, x) -> _Stored:
-    x = np.asarray(x)
-    return _Stored(x.size * np.dtype(dtype).itemsize, lambda: iter([np.ascontiguousarray(x, dtype).tobytes()]))
+def _scales(leaf: QTensor) -> _Stored:
+    """f16, positive."""
+    return _Stored(2 * leaf.scale.size, lambda: iter([np.abs(np.asarray(leaf.scale, "<f2")).tobytes()]))
 
 
 def _values(leaf: Any) -> _Stored:
@@ -237,7 +243,8 @@ def _values(leaf: Any) -> _Stored:
 
     def pieces():
         for part in _rows(leaf):
-            yield np.ascontiguousarray(dequantize(part, np.float32) if isinstance(part, QTensor) else part, "<f4").tobytes()
+            values = dequantize(part, np.float32) if isinstance(part, QTensor) else part
+            yield np.ascontiguousarray(values, "<f4").tobytes()
 
     return _Stored(4 * int(np.prod(leaf.shape, dtype=np.int64)), pieces)
 
@@ -245,22 +252,32 @@ def _values(leaf: Any) -> _Stored:
 def _codes(leaf: QTensor) -> _Stored:
     """Signed codes; of 4 bits two in a byte, the lower columns in the lower bits."""
     count = int(np.prod(leaf.shape, dtype=np.int64))
-    if leaf.format.bits == 8:
-        return _Stored(count, lambda: (np.asarray(part.codes).tobytes() for part in _rows(leaf)))
+    return _Stored(count * leaf.format.bits // 8, lambda: map(_coded, _rows(leaf)))
 
-    def pieces():
-        for part in _rows(leaf):
-            signed = (np.asarray(unpack(np.asarray(part.codes), None, 4)).astype(np.uint8) - leaf.format.center) & 15
-            yield (signed[..., 0::2] | signed[..., 1::2] << 4).tobytes()
 
-    return _Stored(count // 2, pieces)
+def _coded(part: QTensor) -> bytes:
+    if part.format.bits == 8:
+        return _positive(part.codes, part).astype(np.int8).tobytes()
+    signed = _positive(unpack(part.codes, None, 4).astype(np.int8) - np.int8(part.format.center), part)
+    if signed.max(initial=0) > 7:
+        raise ConfigError(
+            f"a group of a matrix in {part.format.name} has a negative scale and the code -8, and LiteRT's scales are "
+            "positive; quantize to q4f16_1, which takes as many bits"
+        )
+    nibbles = signed.view(np.uint8) & 15
+    return (nibbles[..., 0::2] | nibbles[..., 1::2] << 4).tobytes()
+
+
+def _positive(codes: np.ndarray, part: QTensor) -> np.ndarray:
+    """The codes, with other signs where a scale is negative: [N, C], i16 or as they are."""
+    below = np.asarray(part.scale, np.float32) < 0
+    if not below.any():
+        return codes
+    return np.where(np.repeat(below, part.columns_per_scale, -1), -codes.astype(np.int16), codes).astype(np.int8)
 
 
 def _rows(leaf: Any) -> Iterator[Any]:
     """Blocks of rows of a matrix; what has no rows, whole."""
-    import jax
-    from dataclasses import replace
-
     if len(leaf.shape) < 2:
         yield np.asarray(leaf)
         return
