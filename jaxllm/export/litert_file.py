@@ -261,8 +261,8 @@ def _coded(part: QTensor) -> bytes:
     signed = _positive(unpack(part.codes, None, 4).astype(np.int8) - np.int8(part.format.center), part)
     if signed.max(initial=0) > 7:
         raise ConfigError(
-            f"a group of a matrix in {part.format.name} has a negative scale and the code -8, and LiteRT's scales are "
-            "positive; quantize to q4f16_1, which takes as many bits"
+            f"a group of a matrix in {part.format.name} has a negative scale and the code -8, and LiteRT's scales "
+            "are positive; quantize to q4f16_1, which takes as many bits"
         )
     nibbles = signed.view(np.uint8) & 15
     return (nibbles[..., 0::2] | nibbles[..., 1::2] << 4).tobytes()

@@ -1,14 +1,14 @@
-"""Programs as LiteRT's converter takes them: parameters are arguments there, and become the file's own numbers later.
+"""Programs as LiteRT's converter takes them: parameters are arguments there, and become numbers of the file later.
 
 So what is converted has the same size whatever the model weighs, and a model that the converter or the runtime
-cannot take is known before a weight is read. Packed weights stand as the numbers that they mean; `litert_file` puts
-their codes in their place.
+cannot take is known before a weight is read. Packed weights stand as the numbers that they mean; `litert_file`
+puts their codes in their place.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,13 +36,15 @@ class Converted:
 
 
 @functools.lru_cache(maxsize=2)
-def converted(config: ModelConfig, options: Options) -> Converted:
-    """Prefill and decode of a model, activations and state in float32.
+def converted(
+    config: ModelConfig, options: Options, made: Callable[..., tuple[Program, Program]] = programs
+) -> Converted:
+    """Prefill and decode of a model, as `made` makes them of (config, leaves, options), all in float32.
 
     Raises ConfigError for an operation that the converter or the runtime lacks."""
     config = replace(config, dtype="float32")
     leaves = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in params_shape(config).items()}
-    pair = programs(config, leaves, options)
+    pair = made(config, leaves, options)
     return Converted(pair, convert([flat(program, apart(leaves)) for program in pair]))
 
 
