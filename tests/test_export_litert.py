@@ -262,7 +262,9 @@ def test_negative_scales_are_turned_where_codes_allow_it():
     packed = encode(weight, quant.named("q4f16_1"))
     turned = replace(packed, scale=packed.scale * np.array([[-1], [1], [-1], [1]], np.float16))
     codes = np.frombuffer(litert_file._coded(turned), np.int8).reshape(4, -1)
-    values = np.stack([codes << 4 >> 4, codes >> 4], -1).reshape(4, 64) * np.repeat(np.abs(turned.scale), 32, 1)
+    values = np.stack([codes << 4 >> 4, codes >> 4], -1).reshape(4, 64) * np.repeat(
+        np.abs(turned.scale).astype(np.float32), 32, 1
+    )
     assert (values == np.asarray(quant.dequantize(turned, np.float32))).all()
     lowest = encode(weight, quant.named("int4_g32"))
     assert (lowest.scale < 0).any()
