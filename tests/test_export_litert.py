@@ -239,7 +239,7 @@ def test_rings_become_whole_caches_in_a_bundle():
         ("recurrent", None, BUNDLE, "keeps keys and values of attention"),
         ("full", None, replace(BUNDLE, batch=2), "leave --batch out"),
         ("full", None, replace(BUNDLE, context=None, window=20), "leave --window out"),
-        ("full", None, replace(BUNDLE, sampler="in-graph"), "leave --sampler out"),
+        ("full", None, replace(SMALL, sampler="in-graph"), "leave --sampler out"),
     ],
 )
 def test_refusals_come_before_any_work(config, format, options, says, tmp_path, monkeypatch):

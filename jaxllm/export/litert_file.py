@@ -111,7 +111,9 @@ class _Writer:
 
     def _put(self, graph, index: int, parameter: _Parameter) -> None:
         users = [(op, list(op.inputs).index(index)) for op in graph.operators if index in list(op.inputs)]
-        packed = _whole(parameter.leaf) and bool(users) and all(self._packs(op, at) for op, at in users)
+        if not users:  # a program without logits has no use for the last layer
+            return
+        packed = _whole(parameter.leaf) and all(self._packs(op, at) for op, at in users)
         self.kinds[parameter.name] = _kind(parameter.leaf) if packed else "float32"
         tensor = graph.tensors[index]
         if packed:

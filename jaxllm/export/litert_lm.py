@@ -34,8 +34,6 @@ def refuses(config: ModelConfig, options: Options) -> str | None:
         return "LiteRT-LM runs one row; leave --batch out"
     if options.window:
         return "LiteRT-LM has no eviction; leave --window out"
-    if options.sampler != "logits":
-        return "LiteRT-LM draws tokens itself; leave --sampler out"
     return None
 
 

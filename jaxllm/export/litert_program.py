@@ -8,6 +8,7 @@ puts their codes in their place.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -101,8 +102,8 @@ def convert(flats: list[Flat]) -> bytes:
             converter.run_convert_to_tfl_passes(module, passmanager.PassManager(), settings)
             data = converter.export_flatbuffer_to_bytes(module.operation)
         except (ValueError, RuntimeError, ir.MLIRError) as error:
-            said = str(error).strip().splitlines()
-            raise ConfigError(f"LiteRT's converter cannot take it ({' '.join(said[:3])})") from error
+            said = re.findall(r"error: (.*)", str(error)) or [str(error).strip()]
+            raise ConfigError(f"LiteRT's converter cannot take it ({said[0][:200]})") from error
     if absent := sorted(set(operations(data)) & _absent()):
         raise ConfigError(f"LiteRT has no {', '.join(absent)}, which it needs")
     return data
