@@ -191,6 +191,22 @@ def test_the_engine_says_what_live_does(bundle, bundled):
 
 
 @ENGINE
+def test_the_engine_writes_a_chat_as_the_template_has_it(bundle, bundled):
+    import litert_lm
+
+    asked = [{"role": "user", "content": PROMPT.strip()}]
+    live = decode.generate(bundled, bundled.tokenizer.encode_chat(asked), max_new_tokens=32, max_len=256)
+    greedy = litert_lm.SamplerConfig(top_k=1, top_p=1.0, temperature=1.0)
+    path = str(bundle.folder / litert.litert_lm.FILE)
+    with (
+        litert_lm.Engine(path, cache_dir=":nocache") as engine,
+        engine.create_conversation(sampler_config=greedy, max_output_tokens=32) as conversation,
+    ):
+        said = conversation.send_message(asked[0]["content"])
+    assert "".join(part.text for part in said.contents) == live.text
+
+
+@ENGINE
 def test_an_engine_that_says_something_else_is_noticed(bundle, monkeypatch):
     monkeypatch.setattr(litert.litert_lm, "speak", lambda *a: "something else")
     with pytest.raises(CheckpointError, match="LiteRT-LM says 'something else' where"):

@@ -25,6 +25,21 @@ from jaxllm.model import Model
 FILE = "model.litertlm"
 POSITIONS = "position of each token, one after the other; 0 behind the last"
 
+# The engine hands a message's content to templates as a list of parts, and puts the first token before all itself.
+TEXTS = """\
+{%- set texts = namespace(found=[]) -%}
+{%- for message in messages -%}
+{%- if message.content is string -%}
+{%- set texts.found = texts.found + [message] -%}
+{%- else -%}
+{%- set said = namespace(text="") -%}
+{%- for part in message.content -%}{%- set said.text = said.text + part.text -%}{%- endfor -%}
+{%- set texts.found = texts.found + [{"role": message.role, "content": said.text}] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- set messages = texts.found -%}
+"""
+
 
 def refuses(config: ModelConfig, options: Options) -> str | None:
     """What the engine has no convention for."""
@@ -114,14 +129,16 @@ def metadata(model: Model, options: Options) -> Any:
 
     made = llm_metadata_pb2.LlmMetadata()
     tokenizer = model.tokenizer
-    if tokenizer.bos_id is not None and tokenizer.encode("a")[:1] == [tokenizer.bos_id]:
-        made.start_token.token_ids.ids.append(tokenizer.bos_id)
-    for token in sorted(model.eos_ids):
-        made.stop_tokens.add().token_ids.ids.append(token)
     template = tokenizer.chat_template
     template = template.get("default") if isinstance(template, dict) else template
     if template is not None:
-        made.jinja_prompt_template = template
+        made.jinja_prompt_template = TEXTS + template
+    first = tokenizer.bos_id
+    written = first is not None and tokenizer.token(first) in (template or "")
+    if first is not None and not written and tokenizer.encode("a")[:1] == [first]:
+        made.start_token.token_ids.ids.append(first)
+    for token in sorted(model.eos_ids):
+        made.stop_tokens.add().token_ids.ids.append(token)
     made.max_num_tokens = options.context
     drawn = {"temperature": 1.0, "top_p": 1.0, "top_k": 0} | dict(model.defaults)
     greedy = not drawn["temperature"]
