@@ -215,7 +215,9 @@ def _choosable(m: MoE, p: dict, scores: Array) -> Array:
         return pick
     groups, kept = m.groups
     by_group = pick.reshape(-1, groups, m.experts // groups)
-    best = lax.top_k(by_group, 2)[0].sum(-1) if m.correction else by_group.max(-1)
+    # Places and not values: a top_k of values alone is a sort to some compilers.
+    two = lambda x: jnp.take_along_axis(x, lax.top_k(x, 2)[1], -1).sum(-1)
+    best = two(by_group) if m.correction else by_group.max(-1)
     keep = jax.nn.one_hot(lax.top_k(best, kept)[1], groups).sum(1) > 0
     return jnp.where(keep[..., None], by_group, -jnp.inf).reshape(pick.shape)
 

@@ -1,6 +1,7 @@
 """Files for LiteRT and LiteRT-LM: what they compute is the live model, and their codes are ours."""
 
 import importlib.util
+import itertools
 from dataclasses import replace
 
 import jax
@@ -38,21 +39,6 @@ def exported(model: Model, out, options: Options = SMALL) -> build.Exported:
 @pytest.fixture(scope="module")
 def bundled() -> Model:
     return jaxllm.load(dtype="float32")
-
-
-def greedy(runner, ids: list[int], chunk: int, count: int) -> list[int]:
-    """Tokens that an artifact's programs go on with."""
-    state, found = runner.start(), []
-    for start in range(0, len(ids), chunk):
-        part = np.array(ids[start : start + chunk], np.int32)
-        inputs = {"tokens": np.zeros((1, chunk), np.int32), "n_new": np.array([len(part)], np.int32)}
-        inputs["tokens"][0, : len(part)] = part
-        results, state = runner.step("prefill", state, inputs)
-    for _ in range(count):
-        found.append(int(results["logits"].argmax()))
-        one = {"tokens": np.array([[found[-1]]], np.int32), "n_new": np.ones(1, np.int32)}
-        results, state = runner.step("decode", state, one)
-    return found
 
 
 # ---- what is computed -----------------------------------------------------------------------------------
@@ -158,7 +144,7 @@ def test_the_bundled_model_generates_what_live_does(bundled, tmp_path):
     live = decode.generate(bundled, PROMPT, max_new_tokens=64, max_len=256, eos=())
     runner = litert.Runner(out, build.manifests.opened(out))
     ids = bundled.tokenizer.encode(PROMPT)
-    assert greedy(runner, ids, 32, 64) == list(live.completions[0].tokens)
+    assert list(itertools.islice(runner.greedy(ids, 32), 64)) == list(live.completions[0].tokens)
 
 
 # ---- LiteRT-LM --------------------------------------------------------------------------------------------

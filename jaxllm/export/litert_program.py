@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -40,10 +40,9 @@ class Converted:
 def converted(
     config: ModelConfig, options: Options, made: Callable[..., tuple[Program, Program]] = programs
 ) -> Converted:
-    """Prefill and decode of a model, as `made` makes them of (config, leaves, options), all in float32.
+    """Prefill and decode of a model in float32, as `made` makes them of (config, leaves, options).
 
     Raises ConfigError for an operation that the converter or the runtime lacks."""
-    config = replace(config, dtype="float32")
     leaves = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in params_shape(config).items()}
     pair = made(config, leaves, options)
     return Converted(pair, convert([flat(program, apart(leaves)) for program in pair]))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
@@ -50,7 +51,7 @@ def refuses(config: ModelConfig, values: Values, formats: Formats, options: Opti
 
 def _converted(config: ModelConfig, options: Options) -> litert_program.Converted:
     made = litert_lm.conventional if options.platform == BUNDLE else programs
-    return litert_program.converted(config, options, made)
+    return litert_program.converted(replace(config, dtype="float32"), options, made)
 
 
 def allowed(config: ModelConfig, formats: Formats) -> float:
@@ -110,6 +111,20 @@ class Runner:
         found = self._programs[program](**state, **inputs)
         return {k: x for k, x in found.items() if k not in state}, {k: found[k] for k in state}
 
+    def greedy(self, ids: list[int], chunk: int) -> Iterator[int]:
+        """The tokens that one row goes on with, without end."""
+        state = self.start()
+        for start in range(0, len(ids), chunk):
+            part = ids[start : start + chunk]
+            tokens = np.array([part + [0] * (chunk - len(part))], np.int32)
+            results, state = self.step(
+                "prefill", state, {"tokens": tokens, "n_new": np.array([len(part)], np.int32)}
+            )
+        while True:
+            yield (token := int(results["logits"].argmax()))
+            one = {"tokens": np.array([[token]], np.int32), "n_new": np.ones(1, np.int32)}
+            results, state = self.step("decode", state, one)
+
 
 class Conventional(Runner):
     """The interpreter, called as LiteRT-LM's engine calls it; and the engine beside it, where it is installed."""
@@ -130,40 +145,29 @@ class Conventional(Runner):
     def step(self, program: str, state: tuple[Named, int], inputs: Named) -> tuple[Named, tuple[Named, int]]:
         """All tokens but the newest to prefill, and that one to decode, which gives logits."""
         (caches, length), n = state, int(inputs["n_new"][0])
-        tokens = inputs["tokens"].copy()
         if n > 1:
-            caches = self._read(caches, length, tokens, n - 1)
-        at = np.array([length + n - 1], np.int32)
-        results, caches = super().step("decode", caches, {"tokens": tokens[:, n - 1 : n], "input_pos": at})
+            caches = self._read(caches, length, inputs["tokens"], n - 1)
+        newest = {"tokens": inputs["tokens"][:, n - 1 : n], "input_pos": np.array([length + n - 1], np.int32)}
+        results, caches = super().step("decode", caches, newest)
         return {"logits": results["logits"][:, 0]}, (caches, length + n)
 
     def _read(self, caches: Named, length: int, tokens: np.ndarray, n: int) -> Named:
-        at = np.where(np.arange(tokens.shape[1]) < n, length + np.arange(tokens.shape[1]), 0).astype(np.int32)
-        tokens[:, n + 1 :] = 0
-        return super().step("prefill", caches, {"tokens": tokens, "input_pos": at})[1]
+        t = np.arange(tokens.shape[1], dtype=np.int32)
+        inputs = {
+            "tokens": np.where(t < n, tokens, 0),
+            "input_pos": np.where(t < n, length + t, 0).astype(np.int32),
+        }
+        return super().step("prefill", caches, inputs)[1]
 
     def _compare(self, folder: pathlib.Path, manifest: Mapping[str, Any]) -> None:
         """Raise CheckpointError where the engine's greedy text is not the interpreter's."""
         tokenizer = load_tokenizer(folder)
-        ids = tokenizer.encode(PROMPT)
-        tokens, state = np.zeros((1, max(manifest["chunk"], len(ids))), np.int32), self.start()
-        found, start = [], 0
-        while start < len(ids):
-            part = ids[start : start + manifest["chunk"]]
-            tokens[0, : len(part)] = part
-            inputs = {"tokens": tokens[:, : manifest["chunk"]], "n_new": np.array([len(part)], np.int32)}
-            results, state = self.step("prefill", state, inputs)
-            start += len(part)
-        while len(found) < SPOKEN and (token := int(results["logits"].argmax())) not in self._stops(manifest):
-            found.append(token)
-            one = {"tokens": np.array([[token]], np.int32), "n_new": np.ones(1, np.int32)}
-            results, state = self.step("decode", state, one)
-        ours, theirs = tokenizer.decode(found), litert_lm.speak(folder / litert_lm.FILE, PROMPT, SPOKEN)
+        ends = manifest["tokenizer"]["eos_ids"]
+        found = list(itertools.islice(self.greedy(tokenizer.encode(PROMPT), manifest["chunk"]), SPOKEN))
+        kept = list(itertools.takewhile(lambda token: token not in ends, found))
+        ours, theirs = tokenizer.decode(kept), litert_lm.speak(folder / litert_lm.FILE, PROMPT, SPOKEN)
         if ours.strip() != theirs.strip():
             raise CheckpointError(f"LiteRT-LM says {theirs!r} where its own programs say {ours!r}")
-
-    def _stops(self, manifest: Mapping[str, Any]) -> list[int]:
-        return manifest["tokenizer"]["eos_ids"]
 
 
 TARGET = Target(
