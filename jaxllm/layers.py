@@ -151,6 +151,8 @@ def moe(m: MoE, p: dict, x: Array, tap: Recorder) -> Array:
 
 def routed(m: MoE, p: dict, x: Array, expert: Array, weight: Array, tap: Recorder | None = None) -> Array:
     """sum_i weight[n, i] * expert[n, i](x[n]) for x [N, D], expert i32 [N, k], weight f32 [N, k] -> [N, D]."""
+    if ops.plain():
+        return _every_expert(m, p, x, expert, weight)
     order = jnp.argsort(expert.reshape(-1), stable=True)  # rows of one expert lie together
     owner, token = expert.reshape(-1)[order], order // m.top_k
     scale = weight.reshape(-1)[order][:, None]
@@ -169,6 +171,23 @@ def routed(m: MoE, p: dict, x: Array, expert: Array, weight: Array, tap: Recorde
     y = each("down", hidden)
     y = y if m.weigh == "input" else y * scale
     return jnp.zeros(x.shape, F32).at[token].add(y).astype(x.dtype)
+
+
+def _every_expert(m: MoE, p: dict, x: Array, expert: Array, weight: Array) -> Array:
+    """`routed` by products alone: every expert reads every row, and what was not asked of it counts nothing."""
+    y = jnp.zeros(x.shape, F32)
+    for e in range(m.experts):
+
+        def one(name, rows, e=e):
+            out = ops.matmul(rows, p[name]["w"][e], out=F32)
+            return out + p[name]["b"][e].astype(F32) if m.bias else out
+
+        asked = expert == e
+        share = jnp.where(asked, weight, 0).sum(-1, keepdims=True)
+        rows = (x * share).astype(x.dtype) if m.weigh == "input" else x
+        z = one("down", activate(m.act, one("gate", rows), one("up", rows)).astype(x.dtype))
+        y = y + z * (asked.any(-1, keepdims=True).astype(F32) if m.weigh == "input" else share)
+    return y.astype(x.dtype)
 
 
 def route(m: MoE, p: dict, x: Array) -> tuple[Array, Array]:
@@ -196,7 +215,9 @@ def _choosable(m: MoE, p: dict, scores: Array) -> Array:
         return pick
     groups, kept = m.groups
     by_group = pick.reshape(-1, groups, m.experts // groups)
-    best = lax.top_k(by_group, 2)[0].sum(-1) if m.correction else by_group.max(-1)
+    # Places and not values: a top_k of values alone is a sort to some compilers.
+    two = lambda x: jnp.take_along_axis(x, lax.top_k(x, 2)[1], -1).sum(-1)
+    best = two(by_group) if m.correction else by_group.max(-1)
     keep = jax.nn.one_hot(lax.top_k(best, kept)[1], groups).sum(1) > 0
     return jnp.where(keep[..., None], by_group, -jnp.inf).reshape(pick.shape)
 

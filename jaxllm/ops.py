@@ -38,9 +38,16 @@ BLOCK_ROWS = 32  # rows of one expert multiplied at a time (CPU)
 ATTENTION = "b t k g _, b k _ _, b k _ _, b t _, k g, b k t g _, k g -> b t k g _"
 
 
-def portable() -> AbstractContextManager[None]:
-    """Within it, programs are traced without kernels of any platform: for export to machines without them."""
-    return _PORTABLE(True)
+def portable(*, plain: bool = False) -> AbstractContextManager[None]:
+    """Within it, programs are traced without kernels of any platform: for export to machines without them.
+
+    plain: and without scatters, sorts and loops, which small runtimes lack or take slowly."""
+    return _PORTABLE("plain" if plain else True)
+
+
+def plain() -> bool:
+    """Whether `portable(plain=True)` holds."""
+    return _PORTABLE.value == "plain"
 
 
 def named() -> AbstractContextManager[None]:
@@ -196,6 +203,9 @@ def embed(w: Array | QTensor, tokens: Array) -> Array:
     if isinstance(w, QTensor):
         return products.embed(w, tokens)
     number = tokens.reshape(-1, 1).astype(jnp.int32)
+    if plain():
+        found = jnp.take(w, jnp.clip(number[:, 0], 0, w.shape[0] - 1), axis=0, mode="clip")
+        return found.reshape(*tokens.shape, w.shape[1])
     x = (_xla_embed if _refused(native.refuses_rows(w)) else _embed)(w, number)
     return x.reshape(*tokens.shape, w.shape[1])
 
@@ -357,6 +367,8 @@ def put(cache: Array | CacheCodes, x: Array, slot: Array) -> Array | CacheCodes:
     x = x.astype(cache.dtype)
     if _NAMED.value:
         return call("put", cache, x, slot, shape=cache.shape, dtype=cache.dtype)
+    if plain():
+        return _chosen(cache, x.swapaxes(1, 2), slot)
     return (_xla_put if _refused(native.refuses_put(cache)) else _put)(cache, x, slot)
 
 
@@ -387,6 +399,8 @@ def _scatter(cache: Array, x: Array, slot: Array) -> Array:
 
 def put_each(a: Array, x: Array, slot: Array) -> Array:
     """`a` [B, S] with x [B, T] written at slots i32 [B, T]; slots of S or more are dropped."""
+    if plain():
+        return _chosen(a[:, None, :, None], x[:, None, :, None], slot)[:, 0, :, 0]
     if _PORTABLE.value:
         x, slot = _inside(x, slot, a.shape[1], a[:, :1])
     return a.at[jnp.arange(a.shape[0])[:, None], slot].set(x, mode="drop")
@@ -415,6 +429,24 @@ def _select(cache: Array, x: Array, slot: Array) -> Array:
     x = x.swapaxes(1, 2)  # [B, K, T, h]
     new = x if T == 1 else jnp.take_along_axis(x, jnp.maximum(source, 0)[:, None, :, None], 2)
     return jnp.where((source >= 0)[:, None, :, None], new, cache)
+
+
+def _chosen(cache: Array, x: Array, slot: Array) -> Array:
+    """`put` of x [B, K, T, h] by slices and gathers."""
+    (B, T), S = slot.shape, cache.shape[2]
+    if T == 1:
+        return jnp.concatenate([_one_slot(cache[b : b + 1], x[b : b + 1], slot[b, 0]) for b in range(B)])
+    written = slot[:, None, :] == jnp.arange(S)[:, None]  # [B, S, T]
+    source = jnp.where(written, jnp.arange(T), -1).max(-1)
+    new = [jnp.take(row, jnp.maximum(t, 0), axis=1, mode="clip") for row, t in zip(x, source, strict=True)]
+    return jnp.where((source >= 0)[:, None, :, None], jnp.stack(new), cache)
+
+
+def _one_slot(cache: Array, x: Array, slot: Array) -> Array:
+    S = cache.shape[2]
+    at = (0, 0, jnp.minimum(slot, S - 1), 0)
+    x = jnp.where(slot < S, x, lax.dynamic_slice(cache, at, x.shape))
+    return lax.dynamic_update_slice(cache, x, at)
 
 
 def attend(

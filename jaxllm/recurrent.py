@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxllm import ops
 from jaxllm.basics import F32, linear, norm
 from jaxllm.config import DeltaNet, Mamba, Mamba2, ShortConv
 from jaxllm.state import Recurrent, Step
@@ -30,8 +31,18 @@ def causal_conv(p: dict, x: Array, past: Array, live: Array) -> tuple[Array, Arr
 
 def _recur(step, memory: Array, *inputs: Array):
     """Run `step(memory, inputs at one time) -> (memory, y)` along axis 1 of the inputs."""
+    if ops.plain():
+        return _unrolled(step, memory, *inputs)
     memory, y = lax.scan(step, memory, tuple(a.swapaxes(0, 1) for a in inputs))
     return y.swapaxes(0, 1), memory
+
+
+def _unrolled(step, memory: Array, *inputs: Array):
+    found = []
+    for t in range(inputs[0].shape[1]):
+        memory, y = step(memory, tuple(a[:, t] for a in inputs))
+        found.append(y)
+    return jnp.stack(found, 1), memory
 
 
 def mamba(m: Mamba, p: dict, x: Array, cache: Recurrent, step: Step, tap: Recorder):

@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "ops": "calls config derivative errors kernels native partition quant softmax",
     "state": "config errors files ops quant",
     "basics": "config ops",
-    "recurrent": "basics config state taps",
+    "recurrent": "basics config ops state taps",
     "layers": "basics config errors ops recurrent softmax state taps",
     "checkpoint": "arena config errors families files progress quant",
     "lora": "checkpoint errors families quant taps",
