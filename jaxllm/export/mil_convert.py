@@ -91,7 +91,9 @@ class Converter:
 
     def var(self, x: Value) -> Any:
         """A variable, whatever it was."""
-        return self.mb.const(val=x) if isinstance(x, np.ndarray | np.generic) else x
+        if not isinstance(x, np.ndarray | np.generic):
+            return x
+        return self.mb.const(val=np.ascontiguousarray(x) if np.ndim(x) else x[()])
 
     def thin(self, x: Value) -> Value:
         """A value for an elementwise operator: a number that is repeated becomes one of size 1."""
@@ -103,7 +105,7 @@ class Converter:
     def full(self, x: Value, shape: Sequence[int]) -> Any:
         """A variable of all of a shape."""
         if isinstance(x, np.ndarray):
-            return self.var(np.ascontiguousarray(np.broadcast_to(x, shape)))
+            return self.var(np.broadcast_to(x, shape))
         if tuple(x.shape) == tuple(shape):
             return x
         wide = self.number(x)
@@ -180,7 +182,7 @@ class Converter:
         def once(i, *now):
             state, ys = now[: len(carried)], now[len(carried) :]
             at = self.mb.sub(x=np.int32(length - 1), y=i) if p["reverse"] and length > 1 else i
-            given = [self.mb.gather(x=x, indices=at, axis=0) for x in xs]
+            given = [self._taken(x, at) for x in xs]
             found = self.run(body.jaxpr, body.consts, [*consts, *state, *given])
             rows = zip(ys, found[len(carried) :], kinds, strict=True)
             put = [self._row(y, row, shape, at) for y, row, (shape, _) in rows]
@@ -194,13 +196,23 @@ class Converter:
         going = lambda i, *now: self.mb.less(x=i, y=np.int32(length))
         return self._loop(going, once, [np.asarray(0, np.int32), *carried, *ys], shapes)[1:]
 
+    def _taken(self, x: Any, at: Any) -> Any:
+        """The row at an index of the first axis."""
+        shape = [int(n) for n in x.shape]
+        row = x if shape[0] == 1 else self.mb.slice_by_size(x=x, begin=self._begin(at, len(shape)), size=[1, *shape[1:]])
+        return self.reshape(row, shape[1:])
+
+    def _begin(self, at: Any, axes: int) -> Any:
+        first = self.mb.reshape(x=at, shape=[1])
+        return self.mb.concat(values=[first, np.zeros(axes - 1, np.int32)], axis=0) if axes > 1 else first
+
     def _row(self, y: Any, row: Value, shape: tuple, at: Any) -> Any:
         """`y` with `row` at an index of its first axis; the row itself where there is no other."""
         row = self.full(row, shape[1:])
         row = self.reshape(row, (1, *shape[1:]))
         if y is None:
             return row
-        begin = self.mb.concat(values=[self.reshape(at, (1,)), np.zeros(len(shape) - 1, np.int32)], axis=0)
+        begin = self._begin(at, len(shape))
         end = self.mb.add(x=begin, y=np.asarray([1, *shape[1:]], np.int32))
         return self.mb.slice_update(x=y, update=row, begin=begin, end=end)
 

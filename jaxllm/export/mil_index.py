@@ -23,7 +23,7 @@ def _dot_general(c, eqn, x, y):
     (cx, cy), (bx, by) = eqn.params["dimension_numbers"]
     (xs, ys), kind = shapes(eqn), out(eqn).dtype.name
     if not bx and tuple(cx) == (len(xs) - 1,) and tuple(cy) == (1,) and len(ys) == 2 and _known(y):
-        found = c.mb.linear(x=c.full(x, xs), weight=y if isinstance(y, np.ndarray) else y)
+        found = c.mb.linear(x=c.full(x, xs), weight=y)
         return c.cast(found, kind)
     fx, fy = ([i for i in range(len(s)) if i not in (*b, *k)] for s, b, k in ((xs, bx, cx), (ys, by, cy)))
     batch = [xs[i] for i in bx]
@@ -41,7 +41,7 @@ def _known(y) -> bool:
 
 def _arranged(c, x, shape: Sequence[int], order: list[int], to: list[int]) -> Any:
     if isinstance(x, np.ndarray):
-        return c.var(np.ascontiguousarray(x.transpose(order)).reshape(to))
+        return c.var(x.transpose(order).reshape(to))
     x = c.full(x, shape)
     x = x if order == sorted(order) else c.mb.transpose(x=x, perm=order)
     return c.reshape(x, to)
@@ -122,7 +122,7 @@ def _within(c, bounded) -> Any:
         if isinstance(x, np.ndarray):
             if (x >= 0).all() and (x <= most).all():
                 continue
-            x = c.var(np.ascontiguousarray(x))
+            x = c.var(x)
         low, high = c.mb.greater_equal(x=x, y=np.int32(0)), c.mb.less_equal(x=x, y=np.int32(most))
         both = c.mb.logical_and(x=low, y=high)
         found = both if found is None else c.mb.logical_and(x=found, y=both)
@@ -225,7 +225,7 @@ def _scatter(mode: str):
 
 
 def _written(c, rows, linear, valid, new, count: int, inner: list[int], mode: str) -> Any:
-    linear = c.var(np.ascontiguousarray(linear) if isinstance(linear, np.ndarray) else linear)
+    linear = c.var(linear)
     if valid is None:
         return c.mb.scatter(data=rows, indices=c.reshape(linear, (-1,)), updates=new, axis=0, mode=mode)
     linear = c.mb.select(cond=c.full(valid, linear.shape), a=linear, b=np.full([1] * len(linear.shape), count, np.int32))

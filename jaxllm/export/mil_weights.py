@@ -16,8 +16,8 @@ from jaxllm.quant.qtensor import unpack
 HELD = (4, 8)  # bits of a code
 
 
-def refusal(path: str, f: Format, columns: int) -> str | None:
-    """Why Core ML cannot hold a weight of these columns in a format, or None."""
+def refusal(path: str, f: Format) -> str | None:
+    """Why Core ML cannot hold a weight in a format, or None."""
     if f.activations:
         return f"{path} is in {f.name}, beside which activations are rounded to {f.activations}; Core ML has no such"
     if f.levels != "int" or f.bits not in HELD or f.zero == "value" or f.power or f.global_scale:
@@ -25,8 +25,6 @@ def refusal(path: str, f: Format, columns: int) -> str | None:
             f"{path} is in {f.name}, and Core ML holds groups of codes of 4 or 8 bits; int4_g32, q4f16_1, int8 and "
             "uint4_g32 are such formats"
         )
-    if f.group and columns % f.group:
-        return f"{path} has {columns} columns, and {f.name} fills up its groups of {f.group}"
     return None
 
 
@@ -48,7 +46,10 @@ def constant(mb: Any, leaf: QTensor) -> Any:
     kinds = {4: (types.np_int4_dtype, types.np_uint4_dtype), 8: (np.int8, np.uint8)}
     kind = kinds[leaf.format.bits][offset is not None]
     more = {} if offset is None else {"offset": offset.astype(kind)}
-    return mb.constexpr_blockwise_shift_scale(data=data.astype(kind), scale=scales(leaf), **more)
+    whole = mb.constexpr_blockwise_shift_scale(data=data.astype(kind), scale=scales(leaf), **more)
+    if leaf.padded == leaf.columns:
+        return whole
+    return mb.slice_by_index(x=whole, begin=[0] * len(leaf.shape), end=list(leaf.shape))  # codes fill up a group
 
 
 def codes(leaf: QTensor) -> tuple[np.ndarray, np.ndarray | None]:

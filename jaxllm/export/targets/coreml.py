@@ -44,7 +44,7 @@ def refuses(config: ModelConfig, values: Values, formats: Formats, options: Opti
     if len(dtypes) > 1 or not dtypes <= set(DTYPES):
         return f"it computes in {' and '.join(sorted(dtypes))}, and Core ML has {' and '.join(DTYPES)}; give --dtype"
     shapes = params_shape(config)
-    found = (mil_weights.refusal(path, f, shapes[path][-1]) for path, f in formats.items())
+    found = (mil_weights.refusal(path, f) for path, f in formats.items())
     if reason := next(filter(None, found), None):
         return reason
     config = replace(config, dtype=dtypes.pop())
