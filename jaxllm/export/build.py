@@ -70,6 +70,7 @@ def export(
             f"dtype={dtype!r} is for checkpoints; a Model has its dtype already, load it with another"
         )
     config, values = _described(source)
+    config = replace(config, dtype=dtype or config.dtype)
     planned = manifests.formats_of(source) if isinstance(source, Model) else {}
     options = settled(options, config)
     check(made, config, values, planned | _planned(format, config), options)
