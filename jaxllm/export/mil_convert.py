@@ -93,11 +93,15 @@ class Converter:
         """A variable, whatever it was."""
         if not isinstance(x, np.ndarray | np.generic):
             return x
+        x = _signed(x)
         return self.mb.const(val=np.ascontiguousarray(x) if np.ndim(x) else x[()])
 
     def thin(self, x: Value) -> Value:
         """A value for an elementwise operator: a number that is repeated becomes one of size 1."""
-        if not isinstance(x, np.ndarray) or x.size < 2:
+        if not isinstance(x, np.ndarray):
+            return x
+        x = _signed(x)
+        if x.size < 2:
             return x
         cut = tuple(slice(0, 1) if same else slice(None) for same in _repeated(x))
         return np.ascontiguousarray(x[cut])
@@ -118,11 +122,15 @@ class Converter:
 
     def cast(self, x: Any, dtype: str) -> Any:
         """A variable in a dtype (numpy's name)."""
-        return x if dtype_of(x) == dtype else self.mb.cast(x=x, dtype=DTYPES[dtype])
+        return x if DTYPES[dtype_of(x)] == DTYPES[dtype] else self.mb.cast(x=x, dtype=DTYPES[dtype])
 
     def reshape(self, x: Any, shape: Sequence[int]) -> Any:
         """A full variable in another shape."""
-        return x if tuple(x.shape) == tuple(shape) else self.mb.reshape(x=x, shape=list(shape))
+        if tuple(x.shape) == tuple(shape):
+            return x
+        if not len(shape):
+            return self.mb.squeeze(x=x, axes=list(range(len(x.shape))))
+        return self.mb.reshape(x=x, shape=[int(n) for n in shape])
 
     # ---- control flow -----------------------------------------------------------------------------------
 
@@ -164,12 +172,20 @@ class Converter:
         return self._loop(going, once, carried, shapes)
 
     def _loop(self, going: Any, body: Any, carried: Sequence[Value], shapes: Sequence[tuple]) -> list[Value]:
-        def after(*now):
-            return [self.full(x, shape) for x, shape in zip(body(*now), shapes, strict=True)]
+        """A loop of MIL, through which numbers go as arrays of one."""
 
-        start = [self.full(x, shape) for x, shape in zip(carried, shapes, strict=True)]
-        found = self.mb.while_loop(_cond=going, _body=after, loop_vars=start)
-        return list(found) if isinstance(found, list | tuple) else [found]
+        def inside(now):
+            return [self.reshape(x, shape) for x, shape in zip(now, shapes, strict=True)]
+
+        def outside(now):
+            return [self.reshape(self.full(x, shape), shape or (1,)) for x, shape in zip(now, shapes, strict=True)]
+
+        found = self.mb.while_loop(
+            _cond=lambda *now: going(*inside(now)),
+            _body=lambda *now: outside(body(*inside(now))),
+            loop_vars=outside(carried),
+        )
+        return inside(found if isinstance(found, list | tuple) else [found])
 
     def _scan(self, eqn: Any, args: list[Value]) -> list[Value]:
         p = eqn.params
@@ -215,6 +231,14 @@ class Converter:
         begin = self._begin(at, len(shape))
         end = self.mb.add(x=begin, y=np.asarray([1, *shape[1:]], np.int32))
         return self.mb.slice_update(x=y, update=row, begin=begin, end=end)
+
+
+def _signed(x: np.ndarray) -> np.ndarray:
+    """Unsigned numbers, of which only small ones are places, as int32."""
+    if x.dtype != np.uint32:
+        return x
+    assert x.max(initial=0) < 2**31, "a number that int32 has not"
+    return x.astype(np.int32)
 
 
 def _repeated(x: np.ndarray) -> list[bool]:

@@ -182,7 +182,7 @@ def _beginning(c, begin, most: Sequence[int]) -> Any:
     """Indices as one array, clamped to what there is."""
     parts = [_clamped(c, x, n) for x, n in zip(begin, most, strict=True)]
     parts = [np.reshape(x, (1,)).astype(np.int32) if isinstance(x, np.ndarray) else c.reshape(x, (1,)) for x in parts]
-    return c.mb.concat(values=parts, axis=0)
+    return c.mb.concat(values=parts, axis=0) if len(parts) > 1 else c.var(parts[0])
 
 
 # ---- writing by index -----------------------------------------------------------------------------------

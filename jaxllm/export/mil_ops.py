@@ -109,6 +109,11 @@ def _pad(i: Inputs) -> np.ndarray:
     return np.pad(i["x"], np.concatenate([lead, widths]), constant_values=i["constant_val"])
 
 
+def _concat(i: Inputs) -> np.ndarray:
+    values = i["values"] if isinstance(i["values"], list) else [i["values"]]
+    return np.concatenate(values, int(i["axis"]))
+
+
 def _transpose(i: Inputs) -> np.ndarray:
     return i["x"].transpose([int(n) for n in i["perm"]])
 
@@ -237,7 +242,7 @@ OPERATORS: dict[str, Callable[[Inputs], Any]] = {
     "expand_dims": lambda i: np.expand_dims(i["x"], tuple(int(a) for a in i["axes"])),
     "squeeze": lambda i: np.squeeze(i["x"], tuple(int(a) for a in i["axes"])),
     "transpose": _transpose,
-    "concat": lambda i: np.concatenate(i["values"], int(i["axis"])),
+    "concat": _concat,
     "split": _split,
     "slice_by_index": lambda i: i["x"][_span(i, i["x"].shape)],
     "slice_by_size": _slice_by_size,

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-DTYPES = {"float32": "fp32", "float16": "fp16", "int32": "int32", "bool": "bool"}  # numpy's names and MIL's
+# numpy's names and MIL's, which has no unsigned numbers to count with: places in arrays are below 2**31
+DTYPES = {"float32": "fp32", "float16": "fp16", "uint32": "int32", "int32": "int32", "bool": "bool"}
 LEAST = 1e-45  # MIL's operators add an epsilon; this one changes no number that is not zero
 
 
@@ -81,6 +82,13 @@ def _rem(c, eqn, x, y):
     x, y = c.thin(x), c.thin(y)
     quotient = _truncated(c, x, y, "floor_div")
     return c.mb.sub(x=x, y=c.mb.mul(x=quotient, y=y))
+
+
+def _total_order(c, eqn, x, y):
+    """Less than, of integers the same as JAX's order in which NaN has a place."""
+    if dtype_kind(eqn) == "f":
+        raise NotImplementedError("an order of floating-point numbers with NaN")
+    return c.mb.less(x=c.thin(x), y=c.thin(y))
 
 
 def _truncated(c, x, y, name):
@@ -301,6 +309,7 @@ RULES = {
     "ne": _comparison("not_equal"),
     "lt": _comparison("less"),
     "le": _comparison("less_equal"),
+    "lt_to": _total_order,
     "gt": _comparison("greater"),
     "ge": _comparison("greater_equal"),
     "and": _logical("and"),
