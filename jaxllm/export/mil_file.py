@@ -8,8 +8,12 @@ bits on.
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import pathlib
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +30,20 @@ STRING = 2
 # MILBlob's BlobDataType, of the same arrays
 STORED = {10: 1, 11: 2, 31: 3, 21: 4, 22: 6, 32: 7, 25: 8, 35: 11, 23: 14}
 METADATA = np.dtype([("sentinel", "<u4"), ("type", "<u4"), ("bytes", "<u8"), ("offset", "<u8"), ("padding", "<u8")])
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without coremltools' bars, and its remarks that this is no Mac and about versions it was not tried with."""
+    log = logging.getLogger("coremltools")
+    before = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(before)
 
 
 @dataclass(frozen=True)
@@ -75,7 +93,8 @@ class Function:
 
 def read(package: pathlib.Path) -> dict[str, Function]:
     """Its functions by name. Raises CheckpointError for what is no such package."""
-    from coremltools.proto import Model_pb2
+    with quiet():
+        from coremltools.proto import Model_pb2
 
     data = package / "Data" / "com.apple.CoreML"
     try:

@@ -204,11 +204,15 @@ def _scatter(mode: str):
         indexed = [*d.operand_batching_dims, *d.scatter_dims_to_operand_dims]
         if sorted(indexed) != sorted([*d.inserted_window_dims, *d.operand_batching_dims]):
             raise NotImplementedError("writing windows at indices")
+        if "CLIP" in str(eqn.params["mode"]):
+            raise NotImplementedError("writing at clamped indices")
         indexed, whole = sorted(indexed), [i for i in range(len(shape)) if i not in indexed]
         places = _columns(c, indices, at)
         place = {axis: places[k] for k, axis in enumerate(d.scatter_dims_to_operand_dims)}
         pairs = zip(d.scatter_indices_batching_dims, d.operand_batching_dims, strict=True)
         place |= {axis: _counting(lead, k) for k, axis in pairs}
+        if mode == "update" and (lying := _one_each(place, indexed, shape, lead)):
+            return _chosen(c, x, updates, place, lying, d.update_window_dims, shape, given)
         valid = _within(c, [(place[a], shape[a] - 1) for a in indexed])
         linear = _linear(c, place, indexed, [], shape, [1] * len(shape), lead)
         inner = [shape[i] for i in whole]
@@ -222,6 +226,33 @@ def _scatter(mode: str):
         return rows if back == sorted(back) else c.mb.transpose(x=rows, perm=[int(i) for i in back])
 
     return rule
+
+
+def _one_each(place, indexed, shape, lead) -> tuple[int, dict[int, int]] | None:
+    """(axis, indexed axis -> axis of the indices) where every line of the operand along an axis gets one update."""
+    moving = [a for a in indexed if not isinstance(place[a], np.ndarray)]
+    counted = {}
+    for a in indexed:
+        same = lambda j, a=a: lead[j] == shape[a] and np.array_equal(place[a], _counting(lead, j))
+        found = [j for j in range(len(lead)) if a not in moving and j not in counted.values() and same(j)]
+        counted |= {a: found[0]} if found else {}
+    over = [n for j, n in enumerate(lead) if j not in counted.values() and n > 1]
+    first = indexed == list(range(len(indexed))) and len(counted) == len(indexed) - 1
+    return (moving[0], counted) if len(moving) == 1 and first and not over else None
+
+
+def _chosen(c, x, updates, place, lying, window_dims, shape, given) -> Any:
+    """The operand, or the update where the index is: no engine of a phone copies for that, and none is beyond."""
+    axis, counted = lying
+    lead = [i for i in range(len(given)) if i not in window_dims]
+    rest = [j for j in range(len(lead)) if j not in counted.values()]
+    order = [counted[a] for a in sorted(counted)]
+    ones = [shape[a] if a in counted else 1 for a in range(len(shape))]
+    at = _arranged(c, place[axis], [given[i] for i in lead], [*order, *rest], ones)
+    hit = c.mb.equal(x=at, y=_counting([n if a == axis else 1 for a, n in enumerate(shape)], axis))
+    wide = [1 if a == axis else n for a, n in enumerate(shape)]
+    new = _arranged(c, updates, given, [*(lead[j] for j in (*order, *rest)), *window_dims], wide)
+    return c.mb.select(cond=hit, a=new, b=c.full(x, shape))
 
 
 def _written(c, rows, linear, valid, new, count: int, inner: list[int], mode: str) -> Any:

@@ -6,12 +6,9 @@ package as it was saved.
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import pathlib
 import shutil
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,15 +18,16 @@ import numpy as np
 from jaxllm.checkpoint.canonical import flatten
 from jaxllm.config import ModelConfig, params_shape
 from jaxllm.errors import ConfigError
-from jaxllm.export import mil_convert, mil_interp, mil_program, mil_weights
-from jaxllm.export.mil_program import Traced, identifier
+from jaxllm.export import mil_convert, mil_interp, mil_program, mil_weights, shipped
+from jaxllm.export.mil_file import quiet
+from jaxllm.export.mil_program import Traced
 from jaxllm.export.options import Options
 from jaxllm.export.program import Program, programs
 from jaxllm.export.target import Built, Formats, Job, Target, Values
 from jaxllm.quant import QTensor
 
 PACKAGE = "model.mlpackage"
-NAMES = ("prefill", "decode")
+EXAMPLE = "generate.swift"
 DTYPES = ("float32", "float16")
 
 
@@ -63,21 +61,31 @@ def build(job: Job) -> Built:
         raise ConfigError(f"the target coreml cannot take this model: {reason}")
     dense = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in params.items()}
     made = programs(job.model.config, dense, job.options)
-    with _quiet():
+    with quiet():
         for program in made:
             _save(mil_program.traced(program, job.options.sinks), params, _alone(job.folder, program))
         _join(job.folder, made)
     for program in made:
         shutil.rmtree(_alone(job.folder, program))
+    _readable(job.folder)
+    shutil.copyfile(pathlib.Path(shipped.__file__).with_name(EXAMPLE), job.folder / EXAMPLE)
     files = sorted(str(p.relative_to(job.folder)) for p in (job.folder / PACKAGE).rglob("*") if p.is_file())
     kinds = {"model": _ending(files, ".mlmodel"), "weights": _ending(files, ".bin"), "index": _ending(files, ".json")}
     ported = tuple(map(mil_program.ports, made))
     return Built(ported, {p.name: kinds for p in ported}, (kinds["weights"],), versions())
 
 
+def _readable(folder: pathlib.Path) -> None:
+    """Files and folders of the package by everybody whom the artifact's own folder is open to."""
+    rights = folder.stat().st_mode & 0o777
+    for path in [folder / PACKAGE, *(folder / PACKAGE).rglob("*")]:
+        path.chmod(rights if path.is_dir() else rights & 0o666)
+
+
 def versions() -> dict[str, str]:
     """Of what writes the package, and what it needs."""
-    import coremltools as ct
+    with quiet():
+        import coremltools as ct
 
     return {"jax": jax.__version__, "coremltools": ct.__version__, "iOS": "18", "macOS": "15"}
 
@@ -153,20 +161,6 @@ def _join(folder: pathlib.Path, made: tuple[Program, ...]) -> None:
         plan.add_function(str(_alone(folder, program)), "main", program.name)
     plan.default_function_name = made[-1].name
     ct.utils.save_multifunction(plan, str(folder / PACKAGE))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """coremltools' bars and its remarks about versions it has not been tried with."""
-    log = logging.getLogger("coremltools")
-    before = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.setLevel(before)
 
 
 # ---- the package, interpreted ---------------------------------------------------------------------------
