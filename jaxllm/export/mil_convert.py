@@ -6,6 +6,7 @@ array it stands for: of size 1 along axes it is broadcast along, which MIL's ele
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -58,6 +59,7 @@ class Converter:
 
     def __init__(self, mb: Any):
         self.mb = mb
+        self._numbers = itertools.count()
         self.columns: dict[int, tuple[Any, list[Value]]] = {}  # of a concatenation, by the id of its result
 
     def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Value]) -> list[Value]:
@@ -94,7 +96,9 @@ class Converter:
         if not isinstance(x, np.ndarray | np.generic):
             return x
         x = _signed(x)
-        return self.mb.const(val=np.ascontiguousarray(x) if np.ndim(x) else x[()])
+        # coremltools gives names of its own to some constants, and would use one of its usual ones twice.
+        name = f"known_{next(self._numbers)}"
+        return self.mb.const(val=np.ascontiguousarray(x) if np.ndim(x) else x[()], name=name)
 
     def thin(self, x: Value) -> Value:
         """A value for an elementwise operator: a number that is repeated becomes one of size 1."""

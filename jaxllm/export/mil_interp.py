@@ -7,6 +7,7 @@ package declares for it.
 from __future__ import annotations
 
 import pathlib
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +28,8 @@ class Package:
 
     def __init__(self, path: pathlib.Path):
         self.functions = mil_file.read(path)
+        for name, f in self.functions.items():
+            _check_names(name, f.block)
         unknown = {op.type for f in self.functions.values() for op in operations(f.block)}
         if unknown := unknown - OPERATORS.keys() - set(CONTROL):
             raise CheckpointError(f"{path.name} has operators that are not known here: {', '.join(sorted(unknown))}")
@@ -52,6 +55,13 @@ class Package:
 def operations(block: Block) -> list[Operation]:
     """All of a block and of those within."""
     return [each for op in block.operations for each in (op, *(x for b in op.blocks for x in operations(b)))]
+
+
+def _check_names(function: str, block: Block) -> None:
+    """Raise CheckpointError where two values of a function have one name: what is meant would be anybody's guess."""
+    names = Counter(name for op in operations(block) for name, _ in op.outputs)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise CheckpointError(f"{function} has several values called {twice[0]}; export it again")
 
 
 class _Run:

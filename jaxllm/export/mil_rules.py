@@ -301,6 +301,7 @@ RULES = {
     "cos": _unary("cos"),
     "tanh": _unary("tanh"),
     "erf": _unary("erf"),
+    "erfc": lambda c, eqn, x: c.mb.sub(x=_typed(x, 1), y=c.mb.erf(x=x)),
     "logistic": _unary("sigmoid"),
     "sqrt": _unary("sqrt"),
     "rsqrt": _unary("rsqrt", epsilon=LEAST),

@@ -104,12 +104,18 @@ def _ending(files: list[str], ending: str) -> str:
 
 def _save(traced: Traced, params: Mapping[str, Any], path: pathlib.Path) -> None:
     """One program as a package of its own."""
-    import coremltools as ct
     from coremltools.converters.mil.mil import Program as Module
 
     module = Module()
     module.add_function("main", _function(traced, params))
-    model = ct.convert(
+    _convert(module).save(str(path))
+
+
+def _convert(module: Any) -> Any:
+    """A program of MIL as it is, checked and tidied."""
+    import coremltools as ct
+
+    return ct.convert(
         module,
         source="milinternal",
         convert_to="mlprogram",
@@ -118,7 +124,6 @@ def _save(traced: Traced, params: Mapping[str, Any], path: pathlib.Path) -> None
         pass_pipeline=ct.PassPipeline.CLEANUP,
         skip_model_load=True,
     )
-    model.save(str(path))
 
 
 def _function(traced: Traced, params: Mapping[str, Any]) -> Any:
