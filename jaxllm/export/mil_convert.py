@@ -1,7 +1,7 @@
 """A jaxpr as operations of MIL, Core ML's intermediate language.
 
-A value is a numpy array where it is known, and then folded, or a variable of MIL. A variable may be thinner than the
-array it stands for: of size 1 along axes it is broadcast along, which MIL's elementwise operators do themselves.
+A value is a numpy array where it is known, and then folded, or a variable of MIL. A variable may be thinner than
+the array it stands for: of size 1 along axes that it is repeated along, as MIL's elementwise operators allow.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import jax
 import numpy as np
 from jax.extend.core import Literal
 
-from jaxllm.errors import ConfigError
 from jaxllm.export import mil_index, mil_rules
 from jaxllm.export.mil_rules import DTYPES, dtype_of
 
@@ -197,30 +196,32 @@ class Converter:
         consts, carried, xs = args[:n], args[n:m], args[m:]
         xs = [self.full(x, v.aval.shape) for x, v in zip(xs, eqn.invars[m:], strict=True)]
         kinds = [(v.aval.shape, v.aval.dtype) for v in eqn.outvars[p["num_carry"] :]]
-        zeros = np.int32(0)
 
-        def once(i, *now):
+        def once(at, *now):
             state, ys = now[: len(carried)], now[len(carried) :]
-            at = self.mb.sub(x=np.int32(length - 1), y=i) if p["reverse"] and length > 1 else i
             given = [self._taken(x, at) for x in xs]
             found = self.run(body.jaxpr, body.consts, [*consts, *state, *given])
             rows = zip(ys, found[len(carried) :], kinds, strict=True)
             put = [self._row(y, row, shape, at) for y, row, (shape, _) in rows]
-            return [i + 1 if isinstance(i, np.int32) else self.mb.add(x=i, y=np.int32(1)), *found[: len(carried)], *put]
+            return [*found[: len(carried)], *put]
+
+        def counted(i, *now):
+            at = self.mb.sub(x=np.int32(length - 1), y=i) if p["reverse"] else i
+            return [self.mb.add(x=i, y=np.int32(1)), *once(at, *now)]
 
         if length == 1:
-            _, *found = once(zeros, *carried, *([None] * len(kinds)))
-            return found
+            return once(None, *carried, *([None] * len(kinds)))
         ys = [self.mb.fill(shape=list(shape), value=dtype.type(0)) for shape, dtype in kinds]
         shapes = [(), *(v.aval.shape for v in eqn.outvars)]
         going = lambda i, *now: self.mb.less(x=i, y=np.int32(length))
-        return self._loop(going, once, [np.asarray(0, np.int32), *carried, *ys], shapes)[1:]
+        return self._loop(going, counted, [np.asarray(0, np.int32), *carried, *ys], shapes)[1:]
 
     def _taken(self, x: Any, at: Any) -> Any:
         """The row at an index of the first axis."""
         shape = [int(n) for n in x.shape]
-        row = x if shape[0] == 1 else self.mb.slice_by_size(x=x, begin=self._begin(at, len(shape)), size=[1, *shape[1:]])
-        return self.reshape(row, shape[1:])
+        if shape[0] > 1:
+            x = self.mb.slice_by_size(x=x, begin=self._begin(at, len(shape)), size=[1, *shape[1:]])
+        return self.reshape(x, shape[1:])
 
     def _begin(self, at: Any, axes: int) -> Any:
         first = self.mb.reshape(x=at, shape=[1])

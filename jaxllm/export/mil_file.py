@@ -1,9 +1,9 @@
 """A Core ML package as it lies on disk: its functions, and the numbers in its weight file.
 
-Read from the protocol buffers themselves, and not by what wrote them. Source: Model.proto and MIL.proto of the Core
-ML format, and the layout of weight files in MILBlob (StorageFormat.hpp) of github.com/apple/coremltools: a header of
-64 bytes, and for each array 64 bytes that say its type, size and place, numbers of less than a byte from the lowest
-bits on.
+Read from the protocol buffers themselves, and not by what wrote them. Source: Model.proto and MIL.proto of the
+Core ML format, and the layout of weight files in MILBlob (StorageFormat.hpp) of github.com/apple/coremltools: a
+header of 64 bytes, and for each array 64 bytes that say its type, size and place, numbers of less than a byte from
+the lowest bits on.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TYPES |= {23: ("int32", 32), 25: ("int8", 4), 31: ("uint8", 8), 32: ("uint16", 1
 STRING = 2
 # MILBlob's BlobDataType, of the same arrays
 STORED = {10: 1, 11: 2, 31: 3, 21: 4, 22: 6, 32: 7, 25: 8, 35: 11, 23: 14}
-METADATA = np.dtype([("sentinel", "<u4"), ("type", "<u4"), ("bytes", "<u8"), ("offset", "<u8"), ("padding", "<u8")])
+METADATA = np.dtype([("sentinel", "<u4"), ("type", "<u4"), ("bytes", "<u8"), ("offset", "<u8")])
 
 
 @contextlib.contextmanager

@@ -36,7 +36,7 @@ def _dot_general(c, eqn, x, y):
 
 
 def _known(y) -> bool:
-    return isinstance(y, np.ndarray) or y.op is not None and y.op.op_type.startswith(("const", "constexpr_"))
+    return isinstance(y, np.ndarray) or (y.op is not None and y.op.op_type.startswith("const"))
 
 
 def _arranged(c, x, shape: Sequence[int], order: list[int], to: list[int]) -> Any:
@@ -67,20 +67,21 @@ def _gather(c, eqn, x, indices):
         valid = _within(c, [(place[a], shape[a] - sizes[a]) for a in d.start_index_map])
     place = {a: _clamped(c, v, shape[a] - sizes[a]) for a, v in place.items()}
     linear = _linear(c, place, indexed, windows, shape, sizes, lead)
-    rows = _arranged(c, x, shape, [*indexed, *whole], [math.prod(shape[i] for i in indexed), *(shape[i] for i in whole)])
+    count = math.prod(shape[i] for i in indexed)
+    rows = _arranged(c, x, shape, [*indexed, *whole], [count, *(shape[i] for i in whole)])
     found = c.mb.gather(x=rows, indices=c.reshape(c.full(linear, linear.shape), (-1,)), axis=0)
-    order = [*range(len(lead)), *(len(lead) + i for i in range(len(windows) + len(whole)))]
     found = c.reshape(found, [*lead, *(sizes[i] for i in windows), *(shape[i] for i in whole)])
-    return _laid_out(c, eqn, found, d, order, windows, whole, lead, valid)
+    return _laid_out(c, eqn, found, [*windows, *whole], valid)
 
 
-def _laid_out(c, eqn, found, d, order, windows, whole, lead, valid):
-    """The result's axes where they belong, and what was beyond the operand filled."""
-    kept = [*windows, *whole]
-    offsets = [a for a in range(len(eqn.invars[0].aval.shape)) if a in kept]
-    axes, batch, inner = [], iter(range(len(lead))), iter(offsets)
+def _laid_out(c, eqn, found, kept, valid):
+    """The result's axes where they belong, and what was beyond the operand filled.
+
+    found [*lead, *the operand's axes `kept`]; valid: [*lead], or None where all is."""
+    d, lead = eqn.params["dimension_numbers"], len(found.shape) - len(kept)
+    axes, batch, inner = [], iter(range(lead)), iter(sorted(kept))
     for i in range(out(eqn).ndim):
-        axes.append(len(lead) + kept.index(next(inner)) if i in d.offset_dims else next(batch))
+        axes.append(lead + kept.index(next(inner)) if i in d.offset_dims else next(batch))
     if axes != sorted(axes):
         found = c.mb.transpose(x=found, perm=axes)
     if valid is None:
@@ -99,8 +100,9 @@ def _columns(c, indices, shape) -> list[Any]:
     n, lead = shape[-1], shape[:-1]
     if isinstance(indices, np.ndarray):
         return [indices[..., i] for i in range(n)]
-    if id(indices) in c.columns and len(c.columns[id(indices)][1]) == n:
-        return [x[..., 0] if isinstance(x, np.ndarray) else c.reshape(x, x.shape[:-1]) for x in c.columns[id(indices)][1]]
+    _, parts = c.columns.get(id(indices), (None, ()))
+    if len(parts) == n:
+        return [x[..., 0] if isinstance(x, np.ndarray) else c.reshape(x, x.shape[:-1]) for x in parts]
     indices = c.full(indices, shape)
     if n == 1:
         return [c.reshape(indices, lead)]
@@ -148,9 +150,8 @@ def _linear(c, place, indexed, windows, shape, sizes, lead):
             x = _sum(c, x, np.arange(sizes[axis], dtype=np.int32).reshape([1] * len(lead) + steps))
         total = _sum(c, total, _times(c, x, stride))
         stride *= shape[axis]
-    return np.broadcast_to(total, [*lead, *(sizes[i] for i in windows)]) if isinstance(total, np.ndarray) else (
-        c.full(total, [*lead, *(sizes[i] for i in windows)])
-    )
+    to = [*lead, *(sizes[i] for i in windows)]
+    return np.broadcast_to(total, to) if isinstance(total, np.ndarray) else c.full(total, to)
 
 
 def _wider(c, x, inner):
@@ -181,7 +182,7 @@ def _dynamic_slice(c, eqn, x, *begin):
 def _beginning(c, begin, most: Sequence[int]) -> Any:
     """Indices as one array, clamped to what there is."""
     parts = [_clamped(c, x, n) for x, n in zip(begin, most, strict=True)]
-    parts = [np.reshape(x, (1,)).astype(np.int32) if isinstance(x, np.ndarray) else c.reshape(x, (1,)) for x in parts]
+    parts = [np.full(1, x, np.int32) if isinstance(x, np.ndarray) else c.reshape(x, (1,)) for x in parts]
     return c.mb.concat(values=parts, axis=0) if len(parts) > 1 else c.var(parts[0])
 
 
@@ -229,7 +230,7 @@ def _scatter(mode: str):
 
 
 def _one_each(place, indexed, shape, lead) -> tuple[int, dict[int, int]] | None:
-    """(axis, indexed axis -> axis of the indices) where every line of the operand along an axis gets one update."""
+    """(axis, indexed axis -> axis of the indices) where each line of the operand along an axis gets one update."""
     moving = [a for a in indexed if not isinstance(place[a], np.ndarray)]
     counted = {}
     for a in indexed:
@@ -259,7 +260,8 @@ def _written(c, rows, linear, valid, new, count: int, inner: list[int], mode: st
     linear = c.var(linear)
     if valid is None:
         return c.mb.scatter(data=rows, indices=c.reshape(linear, (-1,)), updates=new, axis=0, mode=mode)
-    linear = c.mb.select(cond=c.full(valid, linear.shape), a=linear, b=np.full([1] * len(linear.shape), count, np.int32))
+    last = np.full([1] * len(linear.shape), count, np.int32)
+    linear = c.mb.select(cond=c.full(valid, linear.shape), a=linear, b=last)
     spare = c.mb.fill(shape=[1, *inner], value=np.dtype(dtype_of(rows)).type(0))
     rows = c.mb.concat(values=[rows, spare], axis=0)
     rows = c.mb.scatter(data=rows, indices=c.reshape(linear, (-1,)), updates=new, axis=0, mode=mode)

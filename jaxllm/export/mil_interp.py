@@ -32,7 +32,8 @@ class Package:
             _check_names(name, f.block)
         unknown = {op.type for f in self.functions.values() for op in operations(f.block)}
         if unknown := unknown - OPERATORS.keys() - set(CONTROL):
-            raise CheckpointError(f"{path.name} has operators that are not known here: {', '.join(sorted(unknown))}")
+            names = ", ".join(sorted(unknown))
+            raise CheckpointError(f"{path.name} has operators that are not known here: {names}")
         self._expanded: dict[tuple[int, ...], np.ndarray] = {}
 
     def empty(self, function: str) -> Arrays:
@@ -40,7 +41,7 @@ class Package:
         return {name: np.zeros(kind.shape, kind.dtype) for name, kind in self.functions[function].states.items()}
 
     def run(self, function: str, inputs: Mapping[str, np.ndarray], states: Arrays) -> tuple[Arrays, Arrays]:
-        """(outputs by name, new states). Raises CheckpointError for inputs or states that are not the function's."""
+        """(outputs by name, new states). Raises CheckpointError for arrays that are not the function's."""
         f = self.functions[function]
         for name, kind in (f.inputs | f.states).items():
             given = (states if name in f.states else inputs).get(name)
@@ -58,7 +59,7 @@ def operations(block: Block) -> list[Operation]:
 
 
 def _check_names(function: str, block: Block) -> None:
-    """Raise CheckpointError where two values of a function have one name: what is meant would be anybody's guess."""
+    """Raise CheckpointError where two values of a function have one name, so that nobody knows which is meant."""
     names = Counter(name for op in operations(block) for name, _ in op.outputs)
     if twice := [name for name, count in names.items() if count > 1]:
         raise CheckpointError(f"{function} has several values called {twice[0]}; export it again")

@@ -1,8 +1,8 @@
 """A program of an export as Core ML runs one: parameters inside, caches in states, positions worked out.
 
-A state of Core ML is float16 and begins with zeros. A float16 array is one state; a float32 array is two of them, a
-number and what rounding left of it, which together keep 22 bits and take no more memory. Positions and lengths are
-integers beyond what float16 counts: they follow from how many tokens a row has seen, which is an input.
+A state of Core ML is float16 and begins with zeros. A float16 array is one state; a float32 array is two of them,
+a number and what rounding left of it, which together keep 22 bits and take no more memory. Positions and lengths
+are integers beyond what float16 counts: they follow from how many tokens a row has seen, which is an input.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ MEANING = "how many tokens each row has seen before"
 
 @dataclass(frozen=True)
 class Traced:
-    """A jaxpr whose arguments are parameters, then states, then inputs, and whose outputs are results, then states;
-    each in the order of the names."""
+    """A jaxpr whose arguments are parameters, then states, then inputs, and whose outputs are results, then
+    states; each in the order of the names."""
 
     name: str
     closed: Any  # ClosedJaxpr

@@ -151,8 +151,8 @@ def _log1p(c, eqn, x):
     u = c.mb.add(x=x, y=one)
     rest = c.mb.sub(x=u, y=one)
     lost = c.mb.equal(x=rest, y=_typed(x, 0))
-    scaled = c.mb.mul(x=c.mb.log(x=u, epsilon=LEAST), y=c.mb.real_div(x=x, y=c.mb.select(cond=lost, a=one, b=rest)))
-    return c.mb.select(cond=lost, a=x, b=scaled)
+    factor = c.mb.real_div(x=x, y=c.mb.select(cond=lost, a=one, b=rest))
+    return c.mb.select(cond=lost, a=x, b=c.mb.mul(x=c.mb.log(x=u, epsilon=LEAST), y=factor))
 
 
 def _convert(c, eqn, x):

@@ -19,11 +19,11 @@ HELD = (4, 8)  # bits of a code
 def refusal(path: str, f: Format) -> str | None:
     """Why Core ML cannot hold a weight in a format, or None."""
     if f.activations:
-        return f"{path} is in {f.name}, beside which activations are rounded to {f.activations}; Core ML has no such"
+        return f"{path} is in {f.name}, whose activations are rounded to {f.activations}, and Core ML has no such"
     if f.levels != "int" or f.bits not in HELD or f.zero == "value" or f.power or f.global_scale:
         return (
-            f"{path} is in {f.name}, and Core ML holds groups of codes of 4 or 8 bits; int4_g32, q4f16_1, int8 and "
-            "uint4_g32 are such formats"
+            f"{path} is in {f.name}, and Core ML holds groups of codes of 4 or 8 bits; int4_g32, q4f16_1, int8 "
+            "and uint4_g32 are such formats"
         )
     return None
 
@@ -58,7 +58,8 @@ def codes(leaf: QTensor) -> tuple[np.ndarray, np.ndarray | None]:
     if f.bits == 8 and leaf.zero is None and not f.center:
         return packed.view(np.int8), None
     plain = unpack(packed, None, f.bits).astype(np.int16) - f.center
-    if leaf.zero is None and plain.min(initial=0) >= -(2 ** (f.bits - 1)) and plain.max(initial=0) < 2 ** (f.bits - 1):
+    most = 2 ** (f.bits - 1)
+    if leaf.zero is None and plain.min(initial=0) >= -most and plain.max(initial=0) < most:
         return plain.astype(np.int8), None
     zero = np.zeros(leaf.scale.shape) if leaf.zero is None else np.asarray(leaf.zero, np.float32)
     return (plain + f.center).astype(np.uint8), (zero + f.center).astype(np.uint8)

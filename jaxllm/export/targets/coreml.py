@@ -1,4 +1,4 @@
-"""A Core ML package for iOS, iPadOS and macOS: prefill and decode as functions that share their weights and states.
+"""A Core ML package for iOS, iPadOS and macOS: prefill and decode as functions that share weights and states.
 
 Programs are traced once and written as MIL; what Core ML would compute is worked out here by `mil_interp` from the
 package as it was saved.
@@ -40,7 +40,8 @@ def refuses(config: ModelConfig, values: Values, formats: Formats, options: Opti
         return "Core ML has no operators on the bits of random numbers; leave --sampler out"
     dtypes = {f.dtype for f in formats.values()} - {None} or {config.dtype}
     if len(dtypes) > 1 or not dtypes <= set(DTYPES):
-        return f"it computes in {' and '.join(sorted(dtypes))}, and Core ML has {' and '.join(DTYPES)}; give --dtype"
+        found = " and ".join(sorted(dtypes))
+        return f"it computes in {found}, and Core ML has {' and '.join(DTYPES)}; give --dtype float16"
     shapes = params_shape(config)
     found = (mil_weights.refusal(path, f) for path, f in formats.items())
     if reason := next(filter(None, found), None):
@@ -70,7 +71,8 @@ def build(job: Job) -> Built:
     _readable(job.folder)
     shutil.copyfile(pathlib.Path(shipped.__file__).with_name(EXAMPLE), job.folder / EXAMPLE)
     files = sorted(str(p.relative_to(job.folder)) for p in (job.folder / PACKAGE).rglob("*") if p.is_file())
-    kinds = {"model": _ending(files, ".mlmodel"), "weights": _ending(files, ".bin"), "index": _ending(files, ".json")}
+    endings = {"model": ".mlmodel", "weights": ".bin", "index": ".json"}
+    kinds = {kind: next(name for name in files if name.endswith(ending)) for kind, ending in endings.items()}
     ported = tuple(map(mil_program.ports, made))
     return Built(ported, {p.name: kinds for p in ported}, (kinds["weights"],), versions())
 
@@ -96,10 +98,6 @@ def _packed(leaf: Any) -> bool:
 
 def _alone(folder: pathlib.Path, program: Program) -> pathlib.Path:
     return folder / f"{program.name}.mlpackage"
-
-
-def _ending(files: list[str], ending: str) -> str:
-    return next(name for name in files if name.endswith(ending))
 
 
 def _save(traced: Traced, params: Mapping[str, Any], path: pathlib.Path) -> None:
@@ -131,8 +129,9 @@ def _function(traced: Traced, params: Mapping[str, Any]) -> Any:
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.mil import Function
 
+    held = mb.state_tensor_placeholder
     given = {name: mb.placeholder(shape=x.shape, dtype=_type(x)) for name, x in traced.inputs.items()}
-    given |= {name: mb.state_tensor_placeholder(shape=x.shape, dtype=_type(x)) for name, x in traced.states.items()}
+    given |= {name: held(shape=x.shape, dtype=_type(x)) for name, x in traced.states.items()}
     with Function(given, opset_version=ct.target.iOS18) as function:
         converter = mil_convert.Converter(mb)
         weights = [_value(mb, params[name]) for name in traced.parameters]
