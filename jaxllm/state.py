@@ -215,6 +215,15 @@ def slots(step: Step, size: int) -> Array:
     return jnp.where(step.pos < 0, size, slot)
 
 
+def appended(size: int, length: Array, sinks: int) -> Array:
+    """i32 [B, size]: the positions in a cache of `size` slots to which `length` i32 [B] tokens were only ever
+    appended; the inverse of `slots`."""
+    slot, n = jnp.arange(size)[None], length[:, None]
+    newest = n - 1 - (n - 1 - slot) % (size - sinks)  # the last token before n whose turn the slot is
+    pos = jnp.where(slot < sinks, slot, newest)
+    return jnp.where(slot < n, pos, EMPTY)
+
+
 def write(cache: KV | Latent, new: tuple[Array, ...], step: Step) -> KV | Latent:
     """The cache with new values ([B, T, K, ...] each, in field order) and their positions in place."""
     slot = slots(step, cache.pos.shape[1])
