@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxllm import kernels, native, softmax
+from jaxllm import kernels, native, slots, softmax
 from jaxllm.calls import call
 from jaxllm.derivative import tangent
 from jaxllm.native import packed
@@ -368,7 +368,7 @@ def put(cache: Array | CacheCodes, x: Array, slot: Array) -> Array | CacheCodes:
     if _NAMED.value:
         return call("put", cache, x, slot, shape=cache.shape, dtype=cache.dtype)
     if plain():
-        return _chosen(cache, x.swapaxes(1, 2), slot)
+        return slots.chosen(cache, x.swapaxes(1, 2), slot)
     return (_xla_put if _refused(native.refuses_put(cache)) else _put)(cache, x, slot)
 
 
@@ -391,62 +391,18 @@ def _xla_put(cache: Array, x: Array, slot: Array) -> Array:
 
 
 def _scatter(cache: Array, x: Array, slot: Array) -> Array:
-    if _PORTABLE.value:
-        x, slot = _inside(x, slot, cache.shape[2], cache[:, :, 0][:, None])
-    row = jnp.arange(cache.shape[0])[:, None, None]
-    return cache.at[row, jnp.arange(cache.shape[1]), slot[..., None]].set(x, mode="drop")
+    return slots.scattered(cache, x, slot, inside=bool(_PORTABLE.value))
+
+
+def _select(cache: Array, x: Array, slot: Array) -> Array:
+    return slots.selected(cache, x, slot, inside=bool(_PORTABLE.value))
 
 
 def put_each(a: Array, x: Array, slot: Array) -> Array:
     """`a` [B, S] with x [B, T] written at slots i32 [B, T]; slots of S or more are dropped."""
     if plain():
-        return _chosen(a[:, None, :, None], x[:, None, :, None], slot)[:, 0, :, 0]
-    if _PORTABLE.value:
-        x, slot = _inside(x, slot, a.shape[1], a[:, :1])
-    return a.at[jnp.arange(a.shape[0])[:, None], slot].set(x, mode="drop")
-
-
-def _inside(x: Array, slot: Array, size: int, first: Array) -> tuple[Array, Array]:
-    """x [B, T, ...] and slots i32 [B, T] that write the same into `size` slots, of which slot 0 holds `first`
-    [B, 1, ...], and none lies outside: that is dropped by XLA, and by other compilers written somewhere else.
-
-    What would be dropped repeats the row's first write, or what slot 0 holds already.
-    """
-    t, kept = jnp.arange(slot.shape[1]), slot < size
-    source = jnp.where(kept, t, jnp.where(kept, t, slot.shape[1] - 1).min(1, keepdims=True))
-    some = kept.any(1, keepdims=True)
-    wide = lambda y: y.reshape(*y.shape, *[1] * (x.ndim - 2))
-    taken = jnp.take_along_axis(x, wide(source), 1, mode="clip")
-    slot = jnp.where(some, jnp.take_along_axis(slot, source, 1, mode="clip"), 0)
-    return jnp.where(wide(some), taken, first), slot
-
-
-def _select(cache: Array, x: Array, slot: Array) -> Array:
-    # On CPU a scatter of bf16 converts the whole cache to f32 and back; choosing slot by slot works in place.
-    B, T = slot.shape
-    S = cache.shape[2]
-    source = put_each(jnp.full((B, S), -1, jnp.int32), jnp.broadcast_to(jnp.arange(T), (B, T)), slot)
-    x = x.swapaxes(1, 2)  # [B, K, T, h]
-    new = x if T == 1 else jnp.take_along_axis(x, jnp.maximum(source, 0)[:, None, :, None], 2)
-    return jnp.where((source >= 0)[:, None, :, None], new, cache)
-
-
-def _chosen(cache: Array, x: Array, slot: Array) -> Array:
-    """`put` of x [B, K, T, h] by slices and gathers."""
-    (B, T), S = slot.shape, cache.shape[2]
-    if T == 1:
-        return jnp.concatenate([_one_slot(cache[b : b + 1], x[b : b + 1], slot[b, 0]) for b in range(B)])
-    written = slot[:, None, :] == jnp.arange(S)[:, None]  # [B, S, T]
-    source = jnp.where(written, jnp.arange(T), -1).max(-1)
-    new = [jnp.take(row, jnp.maximum(t, 0), axis=1, mode="clip") for row, t in zip(x, source, strict=True)]
-    return jnp.where((source >= 0)[:, None, :, None], jnp.stack(new), cache)
-
-
-def _one_slot(cache: Array, x: Array, slot: Array) -> Array:
-    S = cache.shape[2]
-    at = (0, 0, jnp.minimum(slot, S - 1), 0)
-    x = jnp.where(slot < S, x, lax.dynamic_slice(cache, at, x.shape))
-    return lax.dynamic_update_slice(cache, x, at)
+        return slots.chosen(a[:, None, :, None], x[:, None, :, None], slot)[:, 0, :, 0]
+    return slots.each(a, x, slot, inside=bool(_PORTABLE.value))
 
 
 def attend(

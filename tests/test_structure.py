@@ -18,7 +18,7 @@ from tests import random_model
 
 PACKAGE = pathlib.Path(jaxllm.__file__).parent
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if "bundled" not in p.parts)
-MATHS = ("basics", "layers", "ops", "recurrent", "softmax", "state")
+MATHS = ("basics", "layers", "ops", "recurrent", "slots", "softmax", "state")
 
 # What each part may import of the others. A new part gets a row; a new arrow is a decision.
 MAY_IMPORT = {
@@ -40,7 +40,8 @@ MAY_IMPORT = {
     "kernels": "errors files quant",
     "softmax": "quant",
     "calls": "",
-    "ops": "calls config derivative errors kernels native partition quant softmax",
+    "slots": "",
+    "ops": "calls config derivative errors kernels native partition quant slots softmax",
     "state": "config errors files ops quant",
     "basics": "config ops",
     "recurrent": "basics config ops state taps",

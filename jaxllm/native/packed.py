@@ -59,9 +59,9 @@ def matmul(x: Array, q: QTensor, out: jnp.dtype, *, most: str | None = None, thr
     """x [m, in] times q [out, in] transposed -> [m, out] in `out`. q has no order: it is x's columns by then.
 
     Activations of 16 bits are rounded in blocks of 32 or 16: to 8 bits beside codes that are bytes or less (by at
-    most 1/254 of the largest in the block), to 16 beside levels such as nf4's (2^-15). Those of float32 are not. Products
-    are summed exactly, scaled and added in f32 from left to right: a row's bits do not depend on the other rows,
-    nor on the threads. A block with an activation that is not finite makes NaN.
+    most 1/254 of the largest in the block), to 16 beside levels such as nf4's (2^-15). Those of float32 are not.
+    Products are summed exactly, scaled and added in f32 from left to right: a row's bits depend neither on other
+    rows nor on the threads. A block with an activation that is not finite makes NaN.
     most: the highest of native.LEVELS to use. float8 goes to `float8.matmul`.
     """
     if q.format.levels in FLOAT8:
