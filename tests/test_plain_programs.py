@@ -35,6 +35,14 @@ def test_plain_programs_are_the_model(name):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
+def test_an_id_beyond_the_vocabulary_gives_no_row():
+    table = jnp.arange(12.0).reshape(4, 3)
+    with ops.portable(plain=True):
+        found = np.asarray(ops.embed(table, jnp.array([[3, 4, -1]])))
+    np.testing.assert_array_equal(found[0, 0], table[3])
+    assert np.isnan(found[0, 1:]).all()
+
+
 def primitives(jaxpr) -> set[str]:
     found = set()
     for equation in jaxpr.eqns:

@@ -115,27 +115,34 @@ class _Writer:
         if not users:  # a program without logits has no use for the last layer
             return
         tensor, leaf = graph.tensors[index], parameter.leaf
-        if _whole(leaf) and all(self._packs(op, at) for op, at in users):
+        if _whole(leaf) and all(self._multiplies(op, at) or self._reads_rows(graph, op, at) for op, at in users):
             kind = _kind(leaf)
             self._quantized(graph, tensor, parameter)
-        elif _halves(leaf) and all((self._code(op), at) == (self.product, 1) for op, at in users):
+        elif _halves(leaf) and all(self._multiplies(op, at) for op, at in users):
             kind = "float16"
             self._widened(graph, index, parameter)
         else:
             kind = "float32"
             tensor.buffer = self._stored(parameter, kind, _values(leaf, "<f4"))
         self.kinds[parameter.name] = kind
-        for op, _ in users:
-            if self._code(op) == self.row:
+        for op, at in users:
+            if self._reads_rows(graph, op, at):
                 self._look_up(graph, op)
 
     def _code(self, op) -> int:
         code = self.model.operatorCodes[op.opcodeIndex]
         return max(code.builtinCode, code.deprecatedBuiltinCode)
 
-    def _packs(self, op, at: int) -> bool:
-        """Whether an operation takes this operand as codes."""
-        return (self._code(op), at) in ((self.product, 1), (self.row, 0))
+    def _multiplies(self, op, at: int) -> bool:
+        """Whether the operand is the weight of a product."""
+        return (self._code(op), at) == (self.product, 1)
+
+    def _reads_rows(self, graph, op, at: int) -> bool:
+        """Whether the operand is a table of which rows are taken, by numbers [n, 1]."""
+        if (self._code(op), at) != (self.row, 0):
+            return False
+        table, numbers = (graph.tensors[i].shape for i in op.inputs)
+        return len(table) == 2 and len(numbers) == 2 and numbers[1] == 1
 
     def _quantized(self, graph, tensor, parameter: _Parameter) -> None:
         leaf, schema = parameter.leaf, self.schema
