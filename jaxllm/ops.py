@@ -204,8 +204,7 @@ def embed(w: Array | QTensor, tokens: Array) -> Array:
         return products.embed(w, tokens)
     number = tokens.reshape(-1, 1).astype(jnp.int32)
     if plain():
-        found = jnp.take(w, jnp.clip(number[:, 0], 0, w.shape[0] - 1), axis=0, mode="clip")
-        return found.reshape(*tokens.shape, w.shape[1])
+        return _plain_embed(w, number).reshape(*tokens.shape, w.shape[1])
     x = (_xla_embed if _refused(native.refuses_rows(w)) else _embed)(w, number)
     return x.reshape(*tokens.shape, w.shape[1])
 
@@ -225,6 +224,11 @@ def _embed_jvp(primals, tangents):
 
 def _xla_embed(w: Array, number: Array) -> Array:
     return w.at[number[:, 0]].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+
+def _plain_embed(w: Array, number: Array) -> Array:
+    there = (number >= 0) & (number < w.shape[0])
+    return jnp.where(there, jnp.take(w, jnp.clip(number[:, 0], 0, w.shape[0] - 1), axis=0, mode="clip"), jnp.nan)
 
 
 def _own_rows(w: Array, number: Array, ids: Array, *, vocab: int) -> Array:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jaxllm
-from jaxllm import cli, decode, layers, ops, quant
+from jaxllm import cli, decode, layers, quant
 from jaxllm.checkpoint.canonical import flatten
 from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.export import build, litert_file, litert_program, target
@@ -66,7 +66,8 @@ def test_packed_weights_keep_their_codes(config, format, tmp_path):
     assert sum(kind != "float32" for kind, _ in found.values()) >= 4
     for path, leaf in flatten(model.params).items():
         ours = np.asarray(quant.dequantize(leaf, jnp.float32) if isinstance(leaf, QTensor) else leaf, np.float32)
-        whole = found[path][1] if path in found else np.stack([found[f"{path}.{i}"][1] for i in range(len(ours))])
+        parts = [path] if path in found or f"{path}_half" in found else [f"{path}.{i}" for i in range(len(ours))]
+        whole = np.reshape([(found.get(f"{part}_half") or found[part])[1] for part in parts], ours.shape)
         assert (whole == ours).all(), path
 
 
@@ -89,8 +90,8 @@ def stored(path) -> dict[str, tuple[str, np.ndarray]]:
             if model.Buffers(tensor.Buffer()).Offset() < 2 or name.endswith("_scales"):
                 continue
             kind, bytes_ = kinds[tensor.Type()].lower(), raw(tensor)
-            if kind == "float32":
-                values = bytes_.view("<f4").reshape(shape)
+            if kind.startswith("float"):
+                values = bytes_.view("<f4" if kind == "float32" else "<f2").astype(np.float32).reshape(shape)
             else:
                 codes = bytes_.view(np.int8)
                 if kind == "int4":
@@ -115,6 +116,28 @@ def scales(schema, graph, tensor, raw) -> np.ndarray:
 def names(tensor: str) -> str:
     """prefill_embed.w:0 and the like -> embed.w"""
     return tensor.partition(":")[0].removeprefix("prefill_").removeprefix("decode_")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_products_read_weights_of_16_bits(dtype, tmp_path):
+    config = replace(CONFIGS["full"], dtype=dtype)
+    export = exported(Model(config, random_model.params(config, dtype=dtype)), tmp_path / "out")
+    found = stored(export.folder / litert.FILE)
+    assert export.manifest["target"]["limits"]["matrices"] == {"float16": 15, "float32": 6}
+    for path, leaf in flatten(random_model.params(config, dtype=dtype)).items():
+        kind, values = found.get(f"{path}_half") or found[path]
+        small = 2.0**-25 if dtype == "bfloat16" and kind == "float16" else 0  # float16's steps near zero
+        np.testing.assert_allclose(values, np.asarray(leaf, np.float32), rtol=0, atol=small)
+
+
+def test_numbers_beyond_float16_stay_float32(tmp_path):
+    config = replace(CONFIGS["full"], dtype="bfloat16")
+    params = random_model.params(config, dtype="bfloat16")
+    params["layers"][0]["mixer"]["q"]["w"] = params["layers"][0]["mixer"]["q"]["w"].at[0, 0].set(1e5)
+    found = list(litert_file._matrices(flatten(params)))
+    assert [path for path, leaf in found if leaf.ndim == 2 and not litert_file._halves(leaf)] == [
+        "layers.0.mixer.q.w"
+    ]
 
 
 def test_a_parameter_is_stored_once_for_both_programs(tmp_path):
@@ -272,41 +295,3 @@ def test_negative_scales_are_turned_where_codes_allow_it():
     assert (lowest.scale < 0).any()
     with pytest.raises(ConfigError, match="a negative scale and the code -8"):
         litert_file._coded(lowest)
-
-
-# ---- the plain form of the programs -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_plain_programs_are_the_model(name):
-    """Rows of different length, a chunk and a step, with nothing but what `portable(plain=True)` promises."""
-    config, options = CONFIGS[name], Options(context=64, chunk=8, batch=2)
-    params = random_model.params(config)
-    tokens, n_new = random_model.tokens(2, 8), jnp.array([8, 5])
-
-    def run(params, state):
-        x, state, _ = layers.hidden(config, params, tokens, state, n_new=n_new)
-        y, state, _ = layers.hidden(config, params, tokens[:, :1], state, n_new=jnp.array([0, 1]))
-        return layers.logits(config, params, x), layers.logits(config, params, y)[1], state
-
-    expected = jax.jit(run)(params, options.state(config))
-    with ops.portable(plain=True):
-        traced = jax.make_jaxpr(run)(params, options.state(config))
-        found = jax.jit(run)(params, options.state(config))
-    assert not {"scatter", "scatter-add", "sort", "while", "scan", "cond"} & primitives(traced.jaxpr)
-    real = np.arange(8) < np.asarray(n_new)[:, None]
-    np.testing.assert_allclose(found[0][real], expected[0][real], atol=2e-5)
-    np.testing.assert_allclose(found[1], expected[1], atol=2e-5)
-    for ours, theirs in zip(jax.tree.leaves(found[2]), jax.tree.leaves(expected[2]), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=2e-5)
-
-
-def primitives(jaxpr) -> set[str]:
-    found = set()
-    for equation in jaxpr.eqns:
-        found.add(equation.primitive.name)
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                found |= primitives(inner)
-    return found

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 
 from jaxllm.errors import ConfigError
@@ -68,7 +69,7 @@ class _Parameter:
 def write(path: pathlib.Path, data: bytes, leaves: Mapping[str, Any]) -> dict[str, str]:
     """Write the flatbuffer `data` with these parameters in it: arrays, QTensors, and matrices of experts in one.
 
-    -> name of each parameter to what it is in the file: "float32", "int4" or "int8"."""
+    -> name of each parameter to what it is in the file: "float32", "float16", "int4" or "int8"."""
     from ai_edge_litert import schema_py_generated as schema
 
     model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(data, 0))
@@ -113,24 +114,35 @@ class _Writer:
         users = [(op, list(op.inputs).index(index)) for op in graph.operators if index in list(op.inputs)]
         if not users:  # a program without logits has no use for the last layer
             return
-        packed = _whole(parameter.leaf) and all(self._packs(op, at) for op, at in users)
-        self.kinds[parameter.name] = _kind(parameter.leaf) if packed else "float32"
-        tensor = graph.tensors[index]
-        if packed:
+        tensor, leaf = graph.tensors[index], parameter.leaf
+        if _whole(leaf) and all(self._multiplies(op, at) or self._reads_rows(graph, op, at) for op, at in users):
+            kind = _kind(leaf)
             self._quantized(graph, tensor, parameter)
+        elif _halves(leaf) and all(self._multiplies(op, at) for op, at in users):
+            kind = "float16"
+            self._widened(graph, index, parameter)
         else:
-            tensor.buffer = self._stored(parameter, "values", _values(parameter.leaf))
-        for op, _ in users:
-            if self._code(op) == self.row:
+            kind = "float32"
+            tensor.buffer = self._stored(parameter, kind, _values(leaf, "<f4"))
+        self.kinds[parameter.name] = kind
+        for op, at in users:
+            if self._reads_rows(graph, op, at):
                 self._look_up(graph, op)
 
     def _code(self, op) -> int:
         code = self.model.operatorCodes[op.opcodeIndex]
         return max(code.builtinCode, code.deprecatedBuiltinCode)
 
-    def _packs(self, op, at: int) -> bool:
-        """Whether an operation takes this operand as codes."""
-        return (self._code(op), at) in ((self.product, 1), (self.row, 0))
+    def _multiplies(self, op, at: int) -> bool:
+        """Whether the operand is the weight of a product."""
+        return (self._code(op), at) == (self.product, 1)
+
+    def _reads_rows(self, graph, op, at: int) -> bool:
+        """Whether the operand is a table of which rows are taken, by numbers [n, 1]."""
+        if (self._code(op), at) != (self.row, 0):
+            return False
+        table, numbers = (graph.tensors[i].shape for i in op.inputs)
+        return len(table) == 2 and len(numbers) == 2 and numbers[1] == 1
 
     def _quantized(self, graph, tensor, parameter: _Parameter) -> None:
         leaf, schema = parameter.leaf, self.schema
@@ -148,6 +160,15 @@ class _Writer:
         blocks.scales, blocks.zeroPoints, blocks.blockSize = scales, -1, leaf.format.group
         tensor.quantization.detailsType = schema.QuantizationDetails.BlockwiseQuantization
         tensor.quantization.details = blocks
+
+    def _widened(self, graph, index: int, parameter: _Parameter) -> None:
+        """Half the bytes, which the runtime makes float32 when it packs a product's weights."""
+        tensor, schema = graph.tensors[index], self.schema
+        held = self._tensor(graph, tensor.name + b"_half", tuple(tensor.shape), schema.TensorType.FLOAT16)
+        graph.tensors[held].buffer = self._stored(parameter, "float16", _values(parameter.leaf, "<f2"))
+        op = schema.OperatorT()
+        op.opcodeIndex, op.inputs, op.outputs = self._operation("DEQUANTIZE"), [held], [index]
+        graph.operators.insert(0, op)
 
     def _look_up(self, graph, op) -> None:
         """Rows of a table by EMBEDDING_LOOKUP, which takes codes, instead of GATHER_ND."""
@@ -240,15 +261,22 @@ def _scales(leaf: QTensor) -> _Stored:
     return _Stored(2 * leaf.scale.size, lambda: iter([np.abs(np.asarray(leaf.scale, "<f2")).tobytes()]))
 
 
-def _values(leaf: Any) -> _Stored:
-    """f32, row by row."""
+def _halves(leaf: Any) -> bool:
+    """Whether float16 holds it: what is float16, and bfloat16 that is not too large (below 2**-14 to 2**-25)."""
+    if isinstance(leaf, QTensor) or leaf.dtype not in (np.float16, ml_dtypes.bfloat16):
+        return False
+    return all(np.abs(part.astype(np.float32)).max(initial=0) < np.finfo(np.float16).max for part in _rows(leaf))
+
+
+def _values(leaf: Any, dtype: str) -> _Stored:
+    """Numbers, row by row."""
 
     def pieces():
         for part in _rows(leaf):
             values = dequantize(part, np.float32) if isinstance(part, QTensor) else part
-            yield np.ascontiguousarray(values, "<f4").tobytes()
+            yield np.ascontiguousarray(values.astype(dtype)).tobytes()
 
-    return _Stored(4 * int(np.prod(leaf.shape, dtype=np.int64)), pieces)
+    return _Stored(np.dtype(dtype).itemsize * int(np.prod(leaf.shape, dtype=np.int64)), pieces)
 
 
 def _codes(leaf: QTensor) -> _Stored:
