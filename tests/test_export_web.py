@@ -21,7 +21,6 @@ from jaxllm.checkpoint.canonical import flatten
 from jaxllm.config import MLP
 from jaxllm.errors import ConfigError, MissingExtraError
 from jaxllm.export import build, onnx_convert, target, web_assets, web_page
-from jaxllm.export.onnx_calls import Parameter
 from jaxllm.export.onnx_graph import Graph, Unsupported, linear
 from jaxllm.export.onnx_packed import blocks
 from jaxllm.export.options import Options
@@ -403,6 +402,7 @@ def numbers_page(tmp_path_factory):
 
 
 @browser
+@pytest.mark.slow  # a software GPU compiles its programs for a minute
 @pytest.mark.parametrize("kind", ["experts in 8 bits", "packed recurrent"])
 def test_other_kinds_on_webgpu(kind, numbers_page):
     """What has no kernel on a GPU is left to the CPU by the runtime."""
@@ -417,7 +417,31 @@ def test_other_kinds_on_webgpu(kind, numbers_page):
     assert (prompt, made) == (asked, list(live.completions[0].tokens))
 
 
-def test_what_the_page_knows(tmp_path):
-    assert json.loads(json.dumps(web_assets.versions()))["onnxruntime-web"]
-    parameter = Parameter("a", (2,), np.dtype(np.float32), lambda: np.zeros(2))
-    assert parameter.ndim == 1
+@engine
+def test_what_the_page_is_told(tmp_path, monkeypatch):
+    """Without packages: sizes, the state, the template and what it may name, and which files each engine reads."""
+    assets = {name: name.encode() for name in web_assets.WANTED} | {"licenses.txt": b""}
+    monkeypatch.setattr(web_assets, "files", lambda: assets)
+    monkeypatch.setattr(web_page, "WHOLE", 0)
+    with here():
+        options = Options(context=64, chunk=8)
+        out = build.export(jaxllm.bundled(), "web", tmp_path / "out", format="int4_g32", options=options).folder
+    page, model = json.loads((out / "page.json").read_text()), jaxllm.load()
+    assert page["weights"] == model.size
+    assert (page["format"], page["context"], page["chunk"]) == ("int4_g32", 64, 8)
+    assert page["eos"] == sorted(model.eos_ids)
+    assert page["begin"] == [model.tokenizer.bos_id]
+    assert page["template"] == model.tokenizer.chat_template
+    assert page["special"]["bos_token"] == model.tokenizer.token(model.tokenizer.bos_id)
+    assert len(page["state"]) == 2 * 8 + 2  # keys and values, positions and the length
+    assert page["inline"] == []
+    for engine, names in page["engines"].items():
+        files = [names["model"], *names["weights"]]
+        assert all((out / name).stat().st_size == page["files"][name] for name in files)
+        assert (out / names["runtime"]).is_file()
+        assert (out / names["wasm"]).is_file()
+        assert ("int8" in names["model"]) == (engine == "wasm")
+    whole = (out / "index.html").read_text()
+    assert 'src="page.js"' in whole
+    assert "<!--" not in whole
+    assert "default-src 'none'" in whole

@@ -13,7 +13,8 @@ pytest.importorskip("optax")
 
 from tools.run_notebooks import FOLDER, METADATA, execute, main  # noqa: E402
 
-NAMES = ("01_generate", "02_logits_and_activations", "03_quantize_and_compare", "04_speculative", "05_export", "06_lora")
+NAMES = ("01_generate", "02_logits_and_activations", "03_quantize_and_compare", "04_speculative", "05_export")
+NAMES += ("06_lora",)
 
 
 def read(name):

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxllm.checkpoint.canonical import flatten
 from jaxllm.config import ModelConfig, params_shape
-from jaxllm.errors import JaxllmError
+from jaxllm.errors import ConfigError, JaxllmError
 from jaxllm.export import onnx_file, web_assets, web_page
 from jaxllm.export.manifest import formats_of
 from jaxllm.export.onnx_convert import NEW, converted
@@ -63,17 +63,12 @@ def build(job: Job) -> Built:
     import onnx
     import onnxruntime
 
-    arrays = named(flatten(job.model.params))
     pair = programs(_single(job.model.config), abstract(job.model.params), job.options)
-    fetch = lambda name: np.asarray(arrays[name])
-    g, groups = merged(pair[0], job.options.chunk, fetch)
-    parameters = onnx_file.write(job.folder, g, MODEL)
-    models = dict.fromkeys(("webgpu", "wasm"), (MODEL, *parameters))
-    if formats_of(job.model):
-        g = only(converted(pair[0], job.options.chunk, fetch, groups, bytes=True), groups)
-        models["wasm"] = (BYTES, *onnx_file.write(job.folder, g, BYTES, "weights.int8"))
-        parameters += models["wasm"][1:]
-    kept = {name for name, first in groups.items() if name == first}
+    try:
+        models, kept = _models(job, pair[0])
+    except Unsupported as unsupported:  # of what packed weights hold, which only they say
+        raise ConfigError(f"the target web cannot take this model: it has {unsupported}") from unsupported
+    parameters = dict.fromkeys(name for names in models.values() for name in names[1:])
     built = tuple(_ports(program, kept) for program in pair)
     files = {"onnx": MODEL} | ({"onnx_int8": BYTES} if models["wasm"][0] == BYTES else {})
     files = {program.name: files for program in built}
@@ -82,6 +77,18 @@ def build(job: Job) -> Built:
     web_page.write(job, built[0], NEW, models)
     limits = {"tokens": f"1 to {job.options.chunk} of a call", "output_prefix": NEW}
     return Built(built, files, tuple(parameters), versions, limits)
+
+
+def _models(job: Job, program: Program) -> tuple[dict[str, tuple[str, ...]], set[str]]:
+    """(engine -> the files of its model, which are written; names of the state arrays that it keeps)."""
+    arrays = named(flatten(job.model.params))
+    fetch = lambda name: np.asarray(arrays[name])
+    g, groups = merged(program, job.options.chunk, fetch)
+    models = dict.fromkeys(("webgpu", "wasm"), (MODEL, *onnx_file.write(job.folder, g, MODEL)))
+    if formats_of(job.model):
+        g = only(converted(program, job.options.chunk, fetch, groups, bytes=True), groups)
+        models["wasm"] = (BYTES, *onnx_file.write(job.folder, g, BYTES, "weights.int8"))
+    return models, set(groups.values())
 
 
 def merged(program: Program, longest: int, fetch) -> tuple[Graph, dict[str, str]]:

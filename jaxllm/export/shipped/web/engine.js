@@ -1,7 +1,7 @@
 // The model, in a worker of its own: a session of ONNX Runtime, its state, and the drawing of tokens.
 // Messages in: open, generate, stop. Messages out: progress, ready, reading, token, done, failed.
 
-let page, ort, session, state, seen, stopped;
+let page, ort, session, state, seen, stopped, broken;
 
 const say = (kind, more = {}) => postMessage({ kind, ...more });
 const actions = { open, generate, stop: () => { stopped = true; } };
@@ -10,6 +10,7 @@ onmessage = async ({ data }) => {
   try {
     await actions[data.kind](data);
   } catch (error) {
+    broken = true; // whatever the state holds now
     say("failed", { text: error?.message ?? String(error) });
   }
 };
@@ -123,7 +124,8 @@ const pause = () => new Promise((go) => { line.port1.onmessage = go; line.port2.
 async function generate({ ids, limit, sampler }) {
   stopped = false;
   const fits = seen.length < ids.length && seen.every((token, i) => token === ids[i]);
-  if (!fits) reset();
+  if (!fits || broken) reset();
+  broken = false;
   const fresh = ids.slice(seen.length), start = performance.now(), made = [];
   let logits = await read(fresh), reason = "length";
   const middle = performance.now();

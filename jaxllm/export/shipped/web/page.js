@@ -86,13 +86,14 @@ function mode(name) {
 const many = (n) => (n >= 1e9 ? `${(n / 1e9).toFixed(1)} billion` : n >= 1e6 ? `${(n / 1e6).toFixed(1)} million` : `${n}`);
 const size = (n) => (n >= 1e9 ? `${(n / 1e9).toFixed(2)} GB` : `${(n / 1e6).toFixed(1)} MB`);
 
-function card(page, engine) {
+function card(page, engine, name) {
+  const { model, weights } = page.engines[engine];
   const rows = [
     ["Weights", many(page.weights)],
     ["Format", page.format],
-    ["Size", size(Object.values(page.files).reduce((a, b) => a + b, 0))],
+    ["Size", size([model, ...weights].reduce((sum, file) => sum + page.files[file], 0))],
     ["Context", page.context ? `${page.context} tokens` : `the newest ${page.window} tokens`],
-    ["Runs on", engine],
+    ["Runs on", name],
   ];
   for (const list of document.querySelectorAll("dl.card")) {
     list.replaceChildren(...rows.flatMap(([name, value]) => {
@@ -199,7 +200,7 @@ async function start() {
   }
   $("open").onclick = () => $("about").showModal();
   $("about").onclick = (event) => { if (event.target === $("about")) $("about").close(); };
-  card(page, "…");
+  card(page, "webgpu", "…");
   const words = await codec(page);
   const files = {};
   for (const name of page.inline) files[name] = await bytes(name);
@@ -217,7 +218,7 @@ async function start() {
         const name = data.engine === "webgpu" ? "WebGPU" : `WebAssembly, ${data.threads === 1 ? "1 thread" : `${data.threads} threads`}`;
         $("engine").textContent = data.engine === "webgpu" ? "WebGPU" : "WebAssembly";
         root.dataset.engine = data.engine;
-        card(page, name);
+        card(page, data.engine, name);
         status(data.problems.join("; "));
         ready();
       }
