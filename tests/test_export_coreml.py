@@ -182,6 +182,15 @@ def test_a_program_is_refused_for_what_it_computes(monkeypatch):
     assert "computes cos, for which" in target.find("coreml").refuses(config, {}, {}, SMALL)
     wide = jax.make_jaxpr(lambda x: jnp.sin(x))(jnp.zeros((1,) * 6))
     assert "sin with 6 axes, and Core ML takes 5" in mil_convert.refusal(wide.jaxpr)
+    for f, says in [
+        (lambda x: jnp.sort(x), "computes sort by several keys, along rows, or of numbers"),
+        (lambda x: jax.lax.pad(x, 0.0, [(0, 0, 1), (0, 0, 0)]), "computes pad between elements"),
+        (lambda x: jax.lax.select_n(jnp.int32(x > 0), x, x, x), "computes select_n among more than two"),
+        (lambda x: jnp.int32(x) & 3, "computes and of bits"),
+        (lambda x: x.at[jnp.int32(x[0, 0])].set(0, mode="clip"), "computes scatter at clamped indices"),
+        (lambda x: jax.random.uniform(jax.random.key(jnp.int32(x[0, 0]))), "it computes "),
+    ]:
+        assert says in mil_convert.refusal(jax.make_jaxpr(f)(X[0]).jaxpr)
 
 
 def test_parts_that_have_no_place_are_refused():

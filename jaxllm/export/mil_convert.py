@@ -22,6 +22,7 @@ MOST_AXES = 5
 INLINED = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat")
 BLOCKS = ("while", "scan", "cond", "platform_index")
 RULES = mil_rules.RULES | mil_index.RULES
+LIMITS = mil_rules.LIMITS | mil_index.LIMITS
 
 
 def refusal(jaxpr: Any) -> str | None:
@@ -30,6 +31,8 @@ def refusal(jaxpr: Any) -> str | None:
         name = eqn.primitive.name
         if name not in RULES and name not in INLINED + BLOCKS:
             return f"it computes {name}, for which there is no operator of Core ML here"
+        if name in LIMITS and (reason := LIMITS[name](eqn)):
+            return f"it computes {name} {reason}, for which there is no operator of Core ML here"
         for x in eqn.outvars:
             if x.aval.dtype.name not in DTYPES:
                 return f"it computes {name} in {x.aval.dtype.name}, and Core ML has {', '.join(DTYPES)}"

@@ -202,12 +202,8 @@ def _scatter(mode: str):
         d = eqn.params["dimension_numbers"]
         shape, at, given = shapes(eqn)
         lead = at[:-1]
-        indexed = [*d.operand_batching_dims, *d.scatter_dims_to_operand_dims]
-        if sorted(indexed) != sorted([*d.inserted_window_dims, *d.operand_batching_dims]):
-            raise NotImplementedError("writing windows at indices")
-        if "CLIP" in str(eqn.params["mode"]):
-            raise NotImplementedError("writing at clamped indices")
-        indexed, whole = sorted(indexed), [i for i in range(len(shape)) if i not in indexed]
+        indexed = sorted([*d.operand_batching_dims, *d.scatter_dims_to_operand_dims])
+        whole = [i for i in range(len(shape)) if i not in indexed]
         places = _columns(c, indices, at)
         place = {axis: places[k] for k, axis in enumerate(d.scatter_dims_to_operand_dims)}
         pairs = zip(d.scatter_indices_batching_dims, d.operand_batching_dims, strict=True)
@@ -227,6 +223,13 @@ def _scatter(mode: str):
         return rows if back == sorted(back) else c.mb.transpose(x=rows, perm=[int(i) for i in back])
 
     return rule
+
+
+def _limited_scatter(eqn: Any) -> str | None:
+    d = eqn.params["dimension_numbers"]
+    if sorted(d.scatter_dims_to_operand_dims) != sorted(d.inserted_window_dims):
+        return "of windows at indices"
+    return "at clamped indices" if "CLIP" in str(eqn.params["mode"]) else None
 
 
 def _one_each(place, indexed, shape, lead) -> tuple[int, dict[int, int]] | None:
@@ -268,6 +271,7 @@ def _written(c, rows, linear, valid, new, count: int, inner: list[int], mode: st
     return c.mb.slice_by_index(x=rows, begin=[0] * (1 + len(inner)), end=[count, *inner])
 
 
+LIMITS = dict.fromkeys(SCATTERS, _limited_scatter)
 RULES = {
     "dot_general": _dot_general,
     "gather": _gather,

@@ -86,8 +86,6 @@ def _rem(c, eqn, x, y):
 
 def _total_order(c, eqn, x, y):
     """Less than, of integers the same as JAX's order in which NaN has a place."""
-    if dtype_kind(eqn) == "f":
-        raise NotImplementedError("an order of floating-point numbers with NaN")
     return c.mb.less(x=c.thin(x), y=c.thin(y))
 
 
@@ -107,15 +105,12 @@ def _sign(c, x):
 
 def _logical(name: str):
     def rule(c, eqn, *args):
-        assert out(eqn).dtype == bool, f"{name} of integers"
         return getattr(c.mb, f"logical_{name}")(**dict(zip("xy", map(c.thin, args), strict=False)))
 
     return rule
 
 
 def _select(c, eqn, which, *cases):
-    if len(cases) != 2:
-        raise NotImplementedError("a choice among more than two")
     which, a, b = c.thin(which), *map(c.thin, cases)
     if out(eqn).dtype == bool:
         a, b = _number(c, a), _number(c, b)
@@ -220,11 +215,19 @@ def _slice(c, eqn, x):
 
 def _pad(c, eqn, x, value):
     x = c.full(x, shapes(eqn)[0])
-    low, high, within = zip(*eqn.params["padding_config"], strict=True)
-    if any(within) or min(low + high) < 0 or not isinstance(value, np.ndarray):
-        raise NotImplementedError("padding between elements, by less than nothing, or with what is not known")
-    widths = [int(n) for pair in zip(low, high, strict=True) for n in pair]
-    return c.mb.pad(x=x, pad=widths, mode="constant", constant_val=value[()])
+    for axis, (low, high, _) in enumerate(eqn.params["padding_config"]):
+        shape = [int(n) for n in x.shape]
+        sides = [
+            _filled(c, value, [*shape[:axis], int(n), *shape[axis + 1 :]]) if n else None for n in (low, high)
+        ]
+        parts = [part for part in (sides[0], x, sides[1]) if part is not None]
+        x = c.mb.concat(values=parts, axis=axis) if len(parts) > 1 else x
+    return x
+
+
+def _filled(c, value, shape):
+    value = value if isinstance(value, np.ndarray) else c.mb.reshape(x=value, shape=[1] * len(shape))
+    return c.full(value, shape)
 
 
 # ---- along axes -----------------------------------------------------------------------------------------
@@ -257,9 +260,7 @@ def _top_k(c, eqn, x):
 
 def _sort(c, eqn, key, *rest):
     """Few integers in order, and the others with them: key times length plus place is another for each."""
-    p, (length,) = eqn.params, shapes(eqn)[0]
-    if p["num_keys"] != 1 or p["dimension"] != 0 or dtype_kind(eqn) != "i":
-        raise NotImplementedError("sorting by several keys, rows, or numbers that are no integers")
+    (length,) = shapes(eqn)[0]
     place = np.arange(length, dtype=np.int32)
     key = c.full(key, (length,))
     unique = c.mb.add(x=c.mb.mul(x=key, y=np.int32(length)), y=place)
@@ -272,11 +273,36 @@ def _is(x, place: np.ndarray) -> bool:
     return isinstance(x, np.ndarray) and bool((x == place).all())
 
 
-def dtype_kind(eqn: Any) -> str:
+# ---- what the rules cannot do ---------------------------------------------------------------------------
+
+
+def _kind(eqn: Any) -> str:
     """numpy's letter for the first argument's dtype."""
     return eqn.invars[0].aval.dtype.kind
 
 
+def _limited_sort(eqn: Any) -> str | None:
+    fits = eqn.params["num_keys"] == 1 and len(shapes(eqn)[0]) == 1 and _kind(eqn) == "i"
+    return None if fits else "by several keys, along rows, or of numbers that are no integers"
+
+
+def _limited_pad(eqn: Any) -> str | None:
+    fits = all(low >= 0 and high >= 0 and not within for low, high, within in eqn.params["padding_config"])
+    return None if fits else "between elements or by less than nothing"
+
+
+def _only(kinds: str, reason: str):
+    return lambda eqn: None if _kind(eqn) in kinds else reason
+
+
+# Primitive -> why an equation of it has no rule, or None
+LIMITS = {
+    "sort": _limited_sort,
+    "pad": _limited_pad,
+    "select_n": lambda eqn: None if len(eqn.invars) == 3 else "among more than two",
+    "lt_to": _only("iu", "of floating-point numbers"),
+    **{name: _only("b", "of bits") for name in ("and", "or", "not")},
+}
 RULES = {
     "add": _binary("add"),
     "add_any": _binary("add"),
