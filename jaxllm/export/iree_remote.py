@@ -49,6 +49,7 @@ class Remote:
         if (found := _received(self._process.stdout)) is None:
             from jaxllm.errors import CheckpointError
 
+            self.close()
             raise CheckpointError(
                 f"{self._command} cannot run the program; it should start a Python with iree.runtime"
             )
