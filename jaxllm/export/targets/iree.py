@@ -62,8 +62,8 @@ def refuses(config: ModelConfig, values: Values, formats: Formats, options: Opti
         return None
     if formats:
         return (
-            f"{min(formats)} is packed, and IREE 3.13 computes something else with bytes on Vulkan's baseline; export "
-            "it unpacked"
+            f"{min(formats)} is packed, and IREE 3.13 computes something else with bytes on Vulkan's baseline; "
+            "export it unpacked"
         )
     if config.dtype != "float32":
         return (
