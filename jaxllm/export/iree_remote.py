@@ -12,6 +12,7 @@ import pathlib
 import platform
 import subprocess
 import sys
+import weakref
 from collections.abc import Sequence
 from typing import Any, BinaryIO
 
@@ -27,6 +28,7 @@ class Remote:
         arguments = [__file__, str(folder / "run_iree.py"), str(folder), manifest]
         self._command, pipe = " ".join(command), subprocess.PIPE
         self._process = subprocess.Popen([*command, *arguments], stdin=pipe, stdout=pipe)
+        self.close = weakref.finalize(self, self._process.communicate)  # it ends with its input
         self.where = str(self._heard()["where"])
 
     def reset(self) -> None:
@@ -37,10 +39,6 @@ class Remote:
         """Results of "prefill" or "decode"."""
         return self._asked({PROGRAM: np.array(program), **inputs})
 
-    def close(self) -> None:
-        """End the process."""
-        self._process.communicate()
-
     def _asked(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         _send(self._process.stdin, arrays)
         return self._heard()
@@ -49,6 +47,7 @@ class Remote:
         if (found := _received(self._process.stdout)) is None:
             from jaxllm.errors import CheckpointError
 
+            self.close()
             raise CheckpointError(
                 f"{self._command} cannot run the program; it should start a Python with iree.runtime"
             )

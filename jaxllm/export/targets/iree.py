@@ -58,10 +58,17 @@ NATIVE = {"x86_64": ("x86_64", "AMD64"), "aarch64": ("aarch64", "arm64")}  # pla
 
 def refuses(config: ModelConfig, values: Values, formats: Formats, options: Options) -> str | None:
     """What IREE's compiler cannot take."""
-    if options.platform == "vulkan" and config.dtype != "float32":
+    if options.platform != "vulkan":
+        return None
+    if formats:
+        return (
+            f"{min(formats)} is packed, and IREE 3.13 computes something else with bytes on Vulkan's baseline; "
+            "export it unpacked"
+        )
+    if config.dtype != "float32":
         return (
             f"on Vulkan's baseline IREE computes in 32 bits, and these activations are {config.dtype}; give "
-            "--dtype float32, with which packed weights stay packed"
+            "--dtype float32"
         )
     return None
 
