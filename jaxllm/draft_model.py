@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import ClassVar
 
 import jax
@@ -25,6 +25,7 @@ from jaxllm.sampling import Sampler
 from jaxllm.spec_decode import Asked, Verified
 from jaxllm.spec_verify import Draft
 from jaxllm.state import Recurrent, State, keep_path, select_rows
+from jaxllm.tokenizer import Tokenizer
 
 Array = jax.Array
 
@@ -192,9 +193,14 @@ def check_vocabulary(target: Model, draft: Model) -> None:
                 "model with the target's tokenizer"
             )
         return
-    differ = sorted(ours.vocabulary().items() ^ theirs.vocabulary().items(), key=lambda item: item[1])
-    if differ:
+    if differ := _differing(ours, theirs):
         raise TokenizerError(
             f"the tokens of the draft model {draft.name} are others than the target's ({len(differ)} differ, "
             f"such as {differ[0][0]!r}, {differ[0][1]}); choose a draft model with the target's tokenizer"
         )
+
+
+@lru_cache(maxsize=8)
+def _differing(ours: Tokenizer, theirs: Tokenizer) -> list[tuple[str, int]]:
+    """Tokens that one has and the other has not, or under another id."""
+    return sorted(ours.vocabulary().items() ^ theirs.vocabulary().items(), key=lambda item: item[1])

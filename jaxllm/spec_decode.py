@@ -374,14 +374,15 @@ class Run:
 
     def _without(self, live: np.ndarray, began: float) -> Iterator[tuple[Emitted, State]]:
         """Plain decoding for a while: as long as the drafter rests, or one step."""
-        if self.plan.mask is not None or not live.all():
-            steps = 1
-            yield from self._emit(self._alone(live).emitted)
-        else:
-            wanted = int((self.ends - np.fromiter(map(len, self.rows), int)).min())
-            steps = min(max(self.pace.resting, 1), wanted)
-            yield from self._advance(steps)
-        self.pace.plain(steps, time.perf_counter() - began)
+        before = self.plain
+        try:
+            if self.plan.mask is not None or not live.all():
+                yield from self._emit(self._alone(live).emitted)
+            else:
+                wanted = int((self.ends - np.fromiter(map(len, self.rows), int)).min())
+                yield from self._advance(min(max(self.pace.resting, 1), wanted))
+        finally:  # whoever has all tokens asks for no more
+            self.pace.plain(self.plain - before, time.perf_counter() - began)
 
     def _alone(self, live: np.ndarray) -> Verified:
         """The tree of the newest token alone: a step with a mask, or in which a row stands still."""

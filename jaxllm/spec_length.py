@@ -57,7 +57,7 @@ class Pace:
 
     def plain(self, steps: int, seconds: float) -> None:
         """So many plain decoding steps took so long, all together."""
-        if self.resting and self.plain_before:
+        if steps and self.resting and self.plain_before:
             self._timed(0, seconds / steps)
         self.plain_before = self.plain_before or self.resting > 0  # what comes first may compile
         self.resting = max(self.resting - steps, 0)

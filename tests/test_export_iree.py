@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import jaxllm
-from jaxllm import cli, decode, ops
+from jaxllm import cli, decode, ops, slots
 from jaxllm.errors import CheckpointError, JaxllmError, MissingExtraError
 from jaxllm.export import build, iree_remote, manifest, parameters, replay, shipped, target, verification
 from jaxllm.export.options import Options
@@ -90,7 +90,7 @@ def test_portable_writes_are_those_that_drop(tokens, dtype):
     number = jnp.broadcast_to(jnp.arange(tokens), slot.shape)
     with ops.portable():
         found = jax.jit(ops.put)(cache, x, slot), jax.jit(ops.put_each)(pos, number, slot)
-        inside = ops._inside(x, jnp.asarray(slot), 5, cache[:, :, 0][:, None])[1]
+        inside = slots._inside(x, jnp.asarray(slot), 5, cache[:, :, 0][:, None])[1]
     assert int(inside.min()) >= 0
     assert int(inside.max()) < 5
     for a, b in zip(found, expected, strict=True):

@@ -65,7 +65,8 @@ MAY_IMPORT = {
     "draft_grow": "config errors layers sampling spec_verify state",
     "spec_mask": "sampling spec_verify",
     "draft_lookahead": "decode errors model reading spec_decode spec_verify",
-    "draft_model": "decode draft_grow errors model prompts reading sampling spec_decode spec_verify state",
+    "draft_model": "decode draft_grow errors model prompts reading sampling spec_decode spec_verify state"
+    " tokenizer",
     "draft_medusa": "basics checkpoint config decode draft_grow errors layers model ops reading sampling "
     "spec_decode spec_verify",
     "heads": "config decode errors files generation layers model prompts sampling spec_decode state",

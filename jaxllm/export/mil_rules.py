@@ -118,6 +118,8 @@ def _select(c, eqn, which, *cases):
         which = c.reshape(c.var(which), (1,) * out(eqn).ndim)
     if isinstance(which, np.ndarray):
         which = c.var(which)
+    if out(eqn).shape not in (tuple(a.shape), tuple(b.shape)):  # by one of them coremltools infers the shape
+        a = c.full(c.reshape(a, (1,) * (out(eqn).ndim - len(a.shape)) + tuple(a.shape)), out(eqn).shape)
     chosen = c.mb.select(cond=which, a=b, b=a)
     return c.cast(chosen, out(eqn).dtype.name)
 
