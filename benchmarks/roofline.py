@@ -44,21 +44,28 @@ def draw(lines: list[dict[str, Any]], kind: str) -> Any:
         span = line["spread"][rate]
         whisker = [[line[rate] - span["min"]], [span["max"] - line[rate]]]
         axes.bar(i, line[rate], width=0.5, color="#3b6fb6", yerr=whisker, label="jaxllm" if i == 0 else None)
-        axes.text(i, line[rate], f"{line[rate] / line[most]:.0%}".replace("%", " %"), ha="center", va="bottom")
+        share = f"{line[rate]:.3g}\n{line[rate] / line[most]:.0%}".replace("%", " %")
+        axes.text(i, 0.9 * line[rate], share, ha="center", va="top", color="white", fontsize=9)
     _peers(axes, lines, rate)
-    names = [f"{line['shape'] or line['model']}\n{line['format']}" for line in lines]
-    axes.set_xticks(range(len(lines)), names, rotation=30 if len(lines) > 3 else 0)
-    axes.set_ylabel(f"{kind}, tokens/s")
+    axes.set_xticks(range(len(lines)), list(map(_name, lines)), fontsize=8)
+    axes.set(ylabel=f"{kind}, tokens/s", yscale="log", ylim=(min(line[rate] for line in lines) / 4, None))
+    axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(limit.format(**lines[0]) + f", {lines[0]['processor']}", fontsize=9)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=6)
     return figure
+
+
+def _name(line: dict[str, Any]) -> str:
+    rows = f"\n{line['batch']} rows" if line["batch"] > 1 else ""
+    return f"{line['shape'] or line['model']}\n{line['format']}{rows}"
 
 
 def _peers(axes: Any, lines: list[dict[str, Any]], rate: str) -> None:
     names = list(dict.fromkeys(name for line in lines for name in line.get("peers", {})))
     for name, mark in zip(names, MARKS, strict=False):
         found = [(i, line["peers"][name][rate]) for i, line in enumerate(lines) if name in line.get("peers", {})]
-        axes.scatter(*zip(*found, strict=True), marker=mark, color="black", zorder=3, label=name)
+        beside = [(i + 0.32, y) for i, y in found]
+        axes.scatter(*zip(*beside, strict=True), marker=mark, color="black", s=22, zorder=3, label=name)
 
 
 def main() -> None:
