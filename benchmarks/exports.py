@@ -15,37 +15,23 @@ import statistics
 import time
 from typing import Any
 
-import jax
 import numpy as np
 
 import jaxllm
 from jaxllm import ops
-from jaxllm.checkpoint.canonical import flatten
 from jaxllm.export import manifest as manifests
 from jaxllm.export import target
-from jaxllm.export.options import Options, settled
-from jaxllm.export.parameters import abstract, named
-from jaxllm.export.program import programs
-from jaxllm.model import Model
+from jaxllm.export.live import Live
+from jaxllm.export.options import SIZES, Options, settled
 from jaxllm.quant import quantize_model
 
 
-class Live:
-    """The programs that are exported, jitted where they were made."""
+class Portable(Live):
+    """The live programs without jaxllm's own kernels."""
 
-    def __init__(self, model: Model, options: Options):
-        made = programs(model.config, abstract(model.params), options)
-        self._params = named(flatten(model.params))
-        self._calls = {p.name: jax.jit(p.call, donate_argnums=1) for p in made}
-        self._empty = {p.name: (p.shape, p.dtype, p.initial) for p in made[0].inputs if p.role == "state"}
-
-    def start(self) -> dict[str, Any]:
-        return {name: jax.numpy.full(shape, fill, dtype) for name, (shape, dtype, fill) in self._empty.items()}
-
-    def step(self, program: str, state: Any, inputs: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], Any]:
+    def step(self, *args: Any) -> tuple[dict[str, np.ndarray], Any]:
         with ops.portable():
-            results, state = self._calls[program](self._params, state, inputs)
-        return {k: np.asarray(x) for k, x in results.items()}, state
+            return super().step(*args)
 
 
 def seconds(runner: Any, sizes: Options, steps: int) -> float:
@@ -73,9 +59,8 @@ def main() -> None:
     model = jaxllm.load(args.model, dtype=args.dtype)
     model = quantize_model(model, args.format) if args.format else model
     opened = {folder: manifests.opened(folder) for folder in args.folders}
-    fields = ("context", "window", "sinks", "chunk", "batch")
-    sizes = settled(Options(**{k: opened[args.folders[0]][k] for k in fields}), model.config)
-    ways: dict[str, Any] = {"live": Live(model, sizes)}
+    sizes = settled(Options(**{k: opened[args.folders[0]][k] for k in SIZES}), model.config)
+    ways: dict[str, Any] = {"live": Portable(model, sizes)}
     ways |= {str(f): target.find(m["target"]["name"]).run(f, m) for f, m in opened.items()}
     found: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(args.rounds + 1):

@@ -27,9 +27,8 @@ class Pace:
         self.tried = min(self.lengths, key=lambda n: abs(n - _TRIED))
         self.recent = np.zeros((2, self.lengths[-1]))  # drafts looked at at each place and kept, the latest most
         self.times: dict[int, deque[float]] = {}
-        self.first: deque[float] = deque(
-            maxlen=_SAMPLES
-        )  # of first drafts after a rest, with what they catch up on
+        # Of first drafts after a rest, with what they catch up on.
+        self.first: deque[float] = deque(maxlen=_SAMPLES)
         self.trials, self.resting = _TRIALS, 0
         self.cold, self.plain_before = True, False
 

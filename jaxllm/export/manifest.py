@@ -11,6 +11,7 @@ from typing import Any
 from jaxllm import __version__, config_json
 from jaxllm.checkpoint.canonical import flatten
 from jaxllm.errors import CheckpointError
+from jaxllm.export.options import SIZES
 from jaxllm.export.schema import problems, schema
 from jaxllm.export.target import Built, Formats, Job, Target
 from jaxllm.files import read_object
@@ -51,7 +52,7 @@ def described(target: Target, job: Job, built: Built) -> dict[str, Any]:
         "recipe": _recipe(model),
         "tokenizer": _tokenizer(model, job.folder),
         "sampler": {"place": options.sampler, "defaults": dict(model.defaults)},
-        **{name: getattr(options, name) for name in ("context", "window", "sinks", "chunk", "batch")},
+        **{name: getattr(options, name) for name in SIZES},
         "parameters": list(built.parameters),
         "programs": {
             program.name: {

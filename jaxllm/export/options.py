@@ -12,6 +12,7 @@ from jaxllm.errors import ContextError
 from jaxllm.state import State, init_state
 
 STEPS = 32  # tokens after a prompt that every export is verified with
+SIZES = ("context", "window", "sinks", "chunk", "batch")  # fields of Options that a manifest has
 USUAL_CONTEXT = 4096  # tokens, unless more are asked for: a cache of 131,072 would be larger than most models
 
 

@@ -39,7 +39,8 @@ Kernel kernel(Level level, const Packed& p) {
 #if defined(__x86_64__)
   if (level >= Level::kAmx && amx::takes(p, p.m * parts(p))) {
     const int64_t together = amx::rows_together(p.m * parts(p));
-    return {JAXLLM_KERNEL(amx), avx512::takes_few, avx512::dots, avx512::kBytesUpTo, together, kMostTiles * together / parts(p)};
+    return {JAXLLM_KERNEL(amx), avx512::takes_few, avx512::dots, avx512::kBytesUpTo, together,
+            kMostTiles * together / parts(p)};
   }
   if (level >= Level::kAvx512) return {JAXLLM_KERNEL(avx512), JAXLLM_ROWS(avx512)};
   if (level >= Level::kAvx2) return {JAXLLM_KERNEL(avx2), JAXLLM_ROWS(avx2)};

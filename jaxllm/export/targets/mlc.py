@@ -7,19 +7,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxllm.checkpoint import mlc
-from jaxllm.checkpoint.canonical import flatten
 from jaxllm.checkpoint.mlc_files import chat_sizes
 from jaxllm.checkpoint.mlc_names import ARCHITECTURES
 from jaxllm.checkpoint.mlc_writer import SCHEMES, write_mlc
 from jaxllm.config import ModelConfig
 from jaxllm.errors import ConfigError
+from jaxllm.export.live import Live
 from jaxllm.export.manifest import formats_of
-from jaxllm.export.options import Options
-from jaxllm.export.parameters import abstract, named
-from jaxllm.export.program import programs, without_arrays
+from jaxllm.export.options import SIZES, Options
+from jaxllm.export.program import without_arrays
 from jaxllm.export.target import Built, Formats, Job, Target, Values
 from jaxllm.model import Model, load
 
@@ -59,30 +57,15 @@ def scheme(model: Model) -> str:
     return packed.pop() if packed else plain[model.config.dtype]
 
 
-class Runner:
-    """The folder as `jaxllm.load` reads it, on the programs of the portable path."""
+class Runner(Live):
+    """The folder as `jaxllm.load` reads it."""
 
     how = "simulated"  # MLC-LLM itself would compile a library first
 
     def __init__(self, folder: pathlib.Path, manifest: Mapping[str, Any]):
         model = load(folder / FOLDER, dtype=manifest["model"]["config"]["dtype"])
-        sizes = {name: manifest[name] for name in ("context", "window", "sinks", "chunk", "batch")}
-        self._options, leaves = Options(**sizes), abstract(model.params)
-        made = programs(model.config, leaves, self._options)
-        self._params = named(flatten(model.params))
-        self._calls = {p.name: jax.jit(p.call, donate_argnums=1) for p in made}
-        self._specs = made[0].specs[1]
-        self._initial = {port.name: port.initial for port in made[0].inputs if port.role == "state"}
+        super().__init__(model, Options(**{name: manifest[name] for name in SIZES}))
         self.where = f"jaxllm's reader of MLC-LLM's files, jax {jax.__version__}"
-
-    def start(self) -> dict[str, jax.Array]:
-        """An empty state by name."""
-        return {name: jax.numpy.full(x.shape, self._initial[name], x.dtype) for name, x in self._specs.items()}
-
-    def step(self, program: str, state: Any, inputs: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], Any]:
-        """See `jaxllm.export.target.Runner`."""
-        results, state = self._calls[program](self._params, state, inputs)
-        return {k: np.asarray(x) for k, x in results.items()}, state
 
 
 TARGET = Target(
