@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -16,6 +18,12 @@ def linear(p: dict, x: Array, out: jnp.dtype | None = None) -> Array:
     """x [..., in] -> [..., out], with p["w"] [out, in] and, where present, p["b"] [out]."""
     y = ops.matmul(x, p["w"], out=out)
     return y + p["b"].astype(y.dtype) if "b" in p else y
+
+
+def linears(ps: Sequence[dict], x: Array) -> list[Array]:
+    """`linear` of one x with each of ps."""
+    ys = ops.matmuls(x, [p["w"] for p in ps])
+    return [y + p["b"].astype(y.dtype) if "b" in p else y for p, y in zip(ps, ys, strict=True)]
 
 
 def norm(n: Norm, p: dict, x: Array) -> Array:

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from jaxllm import ops, softmax
-from jaxllm.basics import F32, activate, gated, linear, norm, rotate, turn
+from jaxllm.basics import F32, activate, gated, linear, linears, norm, rotate, turn
 from jaxllm.config import (
     MLA,
     MLP,
@@ -44,7 +44,7 @@ def attention(m: Attention, p: dict, x: Array, cache: KV, step: Step, tap: Recor
     """Multi-head attention with grouped keys; x [B, T, D] -> ([B, T, D], cache)."""
     B, T, _ = x.shape
     H, K, h = m.heads, m.kv_heads, m.head_dim
-    q, k, v = (linear(p[name], x) for name in "qkv")
+    q, k, v = linears([p[name] for name in "qkv"], x)
     if m.qk_norm and m.qk_norm.over == "full":
         q, k = _qk_norm(m.qk_norm, p, q, k)
     if m.clip:
@@ -108,9 +108,9 @@ def latent_attention(m: MLA, p: dict, x: Array, cache: Latent, step: Step, tap: 
     """Multi-head latent attention (arXiv 2405.04434), keys and values absorbed into queries and outputs."""
     B, T, _ = x.shape
     n, r = m.nope_dim, m.kv_rank
-    q = norm(m.norm, p["q_norm"], linear(p["q_a"], x)) if m.q_rank else x
-    q = linear(p["q"], q).reshape(B, T, m.heads, n + m.rope.dims)
-    c = linear(p["kv_a"], x)[:, :, None]  # [B, T, 1, r + rope dims]
+    q, c = linears([p["q_a" if m.q_rank else "q"], p["kv_a"]], x)
+    q = linear(p["q"], norm(m.norm, p["q_norm"], q)) if m.q_rank else q
+    q, c = q.reshape(B, T, m.heads, n + m.rope.dims), c[:, :, None]  # [B, T, 1, r + rope dims]
     latent = norm(m.norm, p["kv_norm"], c[..., :r])
     turned = step.turn(m.rope)
     c = jnp.concatenate([latent, rotate(c[..., r:], turned)], -1)

@@ -9,7 +9,7 @@ the kernels of `jaxllm.native` are taken where they are built, on a TPU or GPU t
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ from jaxllm import kernels, native, slots, softmax
 from jaxllm.calls import call
 from jaxllm.derivative import tangent
 from jaxllm.native import packed
-from jaxllm.partition import split
+from jaxllm.partition import on_mesh, split
 from jaxllm.quant import QTensor, adapted, dequantize, products
 from jaxllm.quant.cache import CacheCodes, quantized
 
@@ -132,6 +132,33 @@ def _packed_piece(x: Array, q: QTensor, *, out: jnp.dtype, platforms: tuple[str,
 
 def _by_platform(found: dict[str, Callable], default: Callable, *args) -> Array:
     return lax.platform_dependent(*args, **found, default=default) if found else default(*args)
+
+
+def matmuls(x: Array, weights: Sequence[Array | QTensor]) -> list[Array]:
+    """`matmul` of x [..., in] by each of the weights [out, in], in x's dtype: at once where a kernel takes them so."""
+    if _NAMED.value or not _at_once(x, weights):
+        return [matmul(x, w) for w in weights]
+    ys = _several(x.reshape(-1, x.shape[-1]), tuple(weights))
+    return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
+
+
+def _at_once(x: Array, weights: Sequence[Array | QTensor]) -> bool:
+    # On a mesh each weight is cut in its own way.
+    packs = all(isinstance(w, QTensor) for w in weights) and not on_mesh()
+    return packs and not _refused(packed.refuses_several(x, weights))
+
+
+@jax.custom_jvp
+def _several(x: Array, weights: tuple[QTensor, ...]) -> list[Array]:
+    each = lambda x, weights: [_packed(x, q, x.dtype) for q in weights]
+    kernel = functools.partial(packed.several, out=x.dtype)
+    return lax.platform_dependent(x, weights, cpu=kernel, default=each)
+
+
+@functools.partial(_several.defjvp, symbolic_zeros=True)
+def _several_jvp(primals, tangents):
+    each = lambda x, weights: [products.matmul(x, q).astype(x.dtype) for q in weights]
+    return _several(*primals), tangent(each, primals, tangents)
 
 
 def gated(x: Array, gate: Array, up: Array, act: str, activate: Callable) -> Array:

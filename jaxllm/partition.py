@@ -42,7 +42,7 @@ def split(f: Callable, rule: str, summed: Callable | None = None) -> Callable:
     """
 
     def call(*args):
-        if not _several():
+        if not on_mesh():
             return f(*args)
         leaves, tree = jax.tree.flatten(args)
         flat = lambda g: lambda *leaves: g(*jax.tree.unflatten(tree, leaves))
@@ -58,10 +58,10 @@ def meshes() -> AbstractContextManager[None]:
     return _ELSEWHERE(True)
 
 
-def _several() -> bool:
-    """Rules cost a third of the time that tracing takes: they are left out where nothing can be split.
+def on_mesh() -> bool:
+    """Whether an operation may be split here.
 
-    Within `jax.shard_map` an array is a piece already.
+    Rules cost a third of the time that tracing takes: they are left out where nothing can be. Within `jax.shard_map` an array is a piece already.
     """
     if AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types:
         return False

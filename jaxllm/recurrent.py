@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxllm import ops
-from jaxllm.basics import F32, linear, norm
+from jaxllm.basics import F32, linear, linears, norm
 from jaxllm.config import DeltaNet, Mamba, Mamba2, ShortConv
 from jaxllm.state import Recurrent, Step
 from jaxllm.taps import Recorder
@@ -103,14 +103,15 @@ def delta_net(m: DeltaNet, p: dict, x: Array, cache: Recurrent, step: Step, tap:
     """Gated delta rule (arXiv 2412.06464): forget by exp(g), then write what the memory gets wrong."""
     B, T, _ = x.shape
     live = (step.pos >= 0)[..., None]
-    u, conv = causal_conv(p["conv"], linear(p["qkv"], x), cache.conv, live[..., 0])
+    u, z, beta, rate = linears([p[name] for name in ("qkv", "z", "b", "a")], x)
+    u, conv = causal_conv(p["conv"], u, cache.conv, live[..., 0])
     keys = m.k_heads * m.k_dim
     q, k, v = jnp.split(jax.nn.silu(u), [keys, 2 * keys], -1)
     repeat = m.v_heads // m.k_heads
     q, k = (jnp.repeat(_unit(a.reshape(B, T, m.k_heads, m.k_dim)), repeat, 2) for a in (q, k))
     v = v.reshape(B, T, m.v_heads, m.v_dim)
-    beta = jax.nn.sigmoid(linear(p["b"], x).astype(F32)) * live
-    rate = jax.nn.softplus(linear(p["a"], x).astype(F32) + p["dt_bias"].astype(F32))
+    beta = jax.nn.sigmoid(beta.astype(F32)) * live
+    rate = jax.nn.softplus(rate.astype(F32) + p["dt_bias"].astype(F32))
     decay = jnp.exp(-rate * jnp.exp(p["a_log"].astype(F32)) * live)
 
     def one(memory, now):
@@ -121,7 +122,7 @@ def delta_net(m: DeltaNet, p: dict, x: Array, cache: Recurrent, step: Step, tap:
         return memory, jnp.einsum("bhkv,bhk->bhv", memory, q)
 
     y, memory = _recur(one, cache.memory, q * m.k_dim**-0.5, k, v, beta, decay)
-    z = linear(p["z"], x).reshape(B, T, m.v_heads, m.v_dim).astype(F32)
+    z = z.reshape(B, T, m.v_heads, m.v_dim).astype(F32)
     y = tap("mixer.heads", norm(m.norm, p["norm"], y) * jax.nn.silu(z))
     return linear(p["out"], y.reshape(B, T, -1).astype(x.dtype)), Recurrent(conv, memory)
 

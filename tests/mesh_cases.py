@@ -164,7 +164,7 @@ def test_a_model_over_a_mesh(kind, form, shape):
 def test_without_rules_weights_are_gathered(form, monkeypatch):
     if form is None and native.unavailable():
         pytest.skip("XLA splits its own products")
-    monkeypatch.setattr(partition, "_several", lambda: False)
+    monkeypatch.setattr(partition, "on_mesh", lambda: False)
     jax.clear_caches()
     for (got, program, _), want in zip(over_mesh("dense", form, mesh(1, 4)), alone("dense", form), strict=True):
         near(got, want)

@@ -186,7 +186,7 @@ def amx(built):
 
 
 def same_bits(got, wanted):
-    np.testing.assert_array_equal(np.asarray(got).view(np.uint32), np.asarray(wanted).view(np.uint32))
+    np.testing.assert_array_equal(np.asarray(got).view(np.uint8), np.asarray(wanted).view(np.uint8))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -251,6 +251,45 @@ def test_gated_is_differentiated(built, name):
     for number in (0, 1):
         got = jax.grad(loss(lambda *a: ops.gated(*a, "silu", activate)), number)(x, gate.scale.astype(F32))
         close(got, jax.grad(loss(apart), number)(x, gate.scale.astype(F32)))
+
+
+# ---- several products of one x ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["q4f16_1", "uint4_g32", "int8_g32", "mxfp4", "int6_g32", "q4_k"])
+def test_several_products_have_the_bits_of_each_alone(level, name):
+    several = jax.jit(packed.several, static_argnames=("out", "most", "threads"))
+    for m, k, rows in [(1, 512, (40, 8, 8)), (2, 576, (700, 300, 5)), (21, 200, (33, 1))]:
+        weights = [weight(name, n, k, seed=i) for i, n in enumerate(rows)]
+        x = normal((m, k), BF16)
+        wanted = [product(x, q, out=BF16, most=level) for q in weights]
+        for threads in (1, 2):
+            got = several(x, weights, out=BF16, most=level, threads=threads)
+            for one, other in zip(got, wanted, strict=True):
+                same_bits(one, other)
+
+
+def test_several_products_go_together_where_they_can(built):
+    x, q, k = normal((2, 3, 96), BF16), weight("q4f16_1", 20, 96), weight("q4f16_1", 8, 96, seed=1)
+    program = lambda *weights: jax.jit(ops.matmuls).lower(x, weights).as_text()
+    assert program(q, k).count("jaxllm_packed_several") == 1
+    for other in (weight("int8_g32", 8, 96), weight("nf4", 8, 96), dequantize(k, BF16)):
+        assert "jaxllm_packed_several" not in program(q, other)
+        for got, w in zip(ops.matmuls(x, (q, other)), (q, other), strict=True):
+            same_bits(got, ops.matmul(x, w))
+    with ops.portable():
+        assert "jaxllm" not in program(q, k)
+
+
+def test_several_products_are_differentiated_and_batched(built):
+    x, q, k = normal((3, 5, 96)) / 8, weight("q4f16_1", 20, 96), weight("q4f16_1", 8, 96, seed=1)
+    loss = lambda f: lambda x, scale: sum((y**2).sum() for y in f(x, [replace(q, scale=scale), k]))
+    apart = lambda x, weights: [products.matmul(x.reshape(-1, 96), w) for w in weights]
+    for number in (0, 1):
+        got = jax.grad(loss(ops.matmuls), number)(x, q.scale.astype(F32))
+        close(got, jax.grad(loss(apart), number)(x, q.scale.astype(F32)))
+    for got, wanted in zip(jax.vmap(ops.matmuls, (0, None))(x, [q, k]), ops.matmuls(x, [q, k]), strict=True):
+        same_bits(got, wanted)
 
 
 def test_gated_refuses_what_differs(built):

@@ -25,8 +25,8 @@ Array = jax.Array
 
 LEVELS = ("portable", "avx2", "avx512", "amx")  # as in cpu.h
 LIBRARY = pathlib.Path(os.environ.get("JAXLLM_NATIVE_LIBRARY") or pathlib.Path(__file__).with_name("_kernels.so"))
-INTERFACE = 7  # as in ffi.cc: what Python and the library agree on
-CALLS = ("matmul", "gated", "packed", "packed_gated", "float8", "float8_gated")
+INTERFACE = 8  # as in ffi.cc: what Python and the library agree on
+CALLS = ("matmul", "gated", "packed", "packed_gated", "packed_several", "float8", "float8_gated")
 CALLS += ("attend", "put", "norm", "rows", "keep", "read")
 CALLS = tuple(f"jaxllm_{name}" for name in CALLS)  # what the library gives to XLA
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)

@@ -280,6 +280,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxllm_keep, jaxllm::keep_call,
 extern "C" int jaxllm_best_level() { return static_cast<int>(jaxllm::best_level()); }
 
 // What Python and this library agree on; to be raised with every change of a function's arguments.
-extern "C" int jaxllm_interface() { return 7; }
+extern "C" int jaxllm_interface() { return 8; }
 
 #pragma GCC visibility pop

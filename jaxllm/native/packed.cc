@@ -1,6 +1,8 @@
 // Dividing a product with packed weights into pieces for the threads.
 #include "packed.h"
 
+#include <algorithm>
+
 #include "cpu.h"
 #include "live.h"
 #include "parallel.h"
@@ -11,6 +13,7 @@ namespace {
 
 constexpr int64_t kAloneBytes = 1 << 16;  // of codes: fewer are not worth waking a thread for a row or two
 constexpr int64_t kPiecesEach = 4;        // pieces a thread, so that a late one holds up little
+constexpr int64_t kPieceBytes = 1 << 18;  // of codes at least: a piece begins before anything of it was fetched ahead
 constexpr int64_t kFew = 2;               // rows of x: for more it pays to turn strips of weights round
 constexpr int64_t kMostRows = 128;        // of x in a piece: with their sums they stay in the L2 cache
 constexpr int64_t kMostTiles = 16;        // of x in a piece, where there are tiles: their sums stay there
@@ -65,43 +68,72 @@ Rounded room(const Packed& p, const Kernel& level) {
   return x;
 }
 
-// Rows of w in a piece.
-int64_t rows_of_piece(const Packed& p, int64_t strip, const Team& team) {
-  const int64_t strips = up(p.n, strip);
-  if (p.m <= 2 && p.n * p.row_bytes <= kAloneBytes) return strips * strip;
-  return up(strips, kPiecesEach * team.size()) * strip;
-}
+// What the threads divide: strips of rows of w, of one weight after the other, by some rows of x.
+class Pieces {
+ public:
+  Pieces(const Packed* weights, int64_t count, const Kernel& level, const Team& team)
+      : weights_(weights), columns_(least(level.columns, weights->m)) {
+    int64_t strips = 0, codes = 0;
+    for (int64_t i = 0; i < count; ++i)
+      strips += up(weights[i].n, level.strip), codes += weights[i].n * weights[i].row_bytes;
+    const bool few = weights->m <= kFew;
+    const int64_t each = few ? least(kPiecesEach, up(codes, kPieceBytes * team.size())) : kPiecesEach;
+    rows_ = std::max<int64_t>(few && codes <= kAloneBytes ? strips : up(strips, each * team.size()), 1) * level.strip;
+    for (int64_t i = 0; i < count; ++i) across_ += up(weights[i].n, rows_);
+  }
 
-void multiply(Packed p, Packed* up_weights, Activation activation, int most, Team& team) {
+  int64_t count() const { return across_ * up(weights_->m, columns_); }
+
+  // f(which weight, from row m0 to m1 of x, from row n0 to n1 of the weight)
+  template <typename F>
+  void at(int64_t i, const F& f) const {
+    const int64_t m0 = i / across_ * columns_;
+    int64_t n0 = i % across_ * rows_, w = 0;
+    for (; n0 >= weights_[w].n; ++w) n0 -= up(weights_[w].n, rows_) * rows_;
+    f(w, m0, least(m0 + columns_, weights_->m), n0, least(n0 + rows_, weights_[w].n));
+  }
+
+ private:
+  const Packed* weights_;
+  int64_t columns_, rows_ = 0, across_ = 0;
+};
+
+// Products of one x with weights of one format; or with one that `gates`, of the same shape, goes with.
+void multiply(Packed* weights, int64_t count, Packed* gates, Activation activation, int most, Team& team) {
+  Packed& p = *weights;
   const int64_t live = live_rows(p.x, p.m, p.k, bytes(p.x_type));
-  clear_rows(p.y, live, p.m, p.n, bytes(p.y_type));
+  for (int64_t i = 0; i < count; ++i) {
+    clear_rows(weights[i].y, live, p.m, weights[i].n, bytes(weights[i].y_type));
+    if (i > 0) weights[i].m = live;
+  }
   p.m = live;
-  if (p.m == 0 || p.n == 0) return;
+  if (p.m == 0) return;
   const Kernel level = kernel(level_within(most), p);
-  p.x_bits = p.x_most <= 127 && p.most_code <= level.bytes_up_to ? 8 : 16;
-  if (up_weights) up_weights->x_bits = p.x_bits;
+  for (int64_t i = 0; i < count; ++i) weights[i].x_bits = p.x_most <= 127 && p.most_code <= level.bytes_up_to ? 8 : 16;
+  if (gates) gates->x_bits = p.x_bits;
   const Rounded x = room(p, level);
   const int64_t at_once = up(x.together, x.parts);
   team.run(up(p.m, at_once), [&](int64_t i) {
     level.round_rows(p, at_once * i, least(at_once * (i + 1), p.m), x);
   });
-  const int64_t rows = rows_of_piece(p, level.strip, team), across = up(p.n, rows);
-  const int64_t columns = least(level.columns, p.m);
-  team.run(across * up(p.m, columns), [&](int64_t i) {
+  const Pieces pieces(weights, count, level, team);
+  team.run(pieces.count(), [&](int64_t i) {
     static thread_local Scratch memory;
-    const int64_t n0 = i % across * rows, n1 = least(n0 + rows, p.n);
-    const int64_t m0 = i / across * columns, m1 = least(m0 + columns, p.m);
-    const int64_t bytes = level.piece_bytes(p, up_weights, x, m1 - m0, n1 - n0);
-    level.packed(p, up_weights, activation, x, m0, m1, n0, n1, memory.get<char>(bytes));
+    pieces.at(i, [&](int64_t w, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
+      const int64_t bytes = level.piece_bytes(weights[w], gates, x, m1 - m0, n1 - n0);
+      level.packed(weights[w], gates, activation, x, m0, m1, n0, n1, memory.get<char>(bytes));
+    });
   });
 }
 
 }  // namespace
 
-void packed_matmul(const Packed& p, int most, Team& team) { multiply(p, nullptr, Activation::kSilu, most, team); }
+void packed_matmul(Packed* weights, int64_t count, int most, Team& team) {
+  multiply(weights, count, nullptr, Activation::kSilu, most, team);
+}
 
-void packed_gated(const Packed& p, Packed up, Activation activation, int most, Team& team) {
-  multiply(p, &up, activation, most, team);
+void packed_gated(Packed p, Packed up, Activation activation, int most, Team& team) {
+  multiply(&p, 1, &up, activation, most, team);
 }
 
 }  // namespace jaxllm

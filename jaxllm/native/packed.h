@@ -65,10 +65,12 @@ struct Rounded {
 };
 
 class Team;
-void packed_matmul(const Packed& p, int most, Team& team);
+
+// Products of one x with `count` weights that differ in n and y alone: x is rounded once, and the threads meet once.
+void packed_matmul(Packed* weights, int64_t count, int most, Team& team);
 
 // y = activation(x p) * (x up) of weights in one format, rounded once at the end.
-void packed_gated(const Packed& p, Packed up, Activation activation, int most, Team& team);
+void packed_gated(Packed p, Packed up, Activation activation, int most, Team& team);
 
 // ---- what each level brings -------------------------------------------------------------------------------
 

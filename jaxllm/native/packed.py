@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,6 +108,33 @@ def gated(
     how = _codes(gate) | native.how(most, threads) | dict(activation=np.int64(native.ACTIVATIONS.index(act)))
     parts = [part[None] if part.size else part for q in (gate, up) for part in _parts(q)]
     return call(x, *parts, **how, factor=factor, table=table)
+
+
+def refuses_several(x: Array, weights: Sequence[QTensor]) -> str | None:
+    """Why `several` does not take these; None where it does."""
+    first, *others = weights
+    if any(q.order is not None for q in weights):
+        return "columns are in another order"
+    alike = lambda q: (q.format, [(n, part.shape[1:], part.dtype) for n, part in q.row_parts().items()])
+    if any(alike(q) != alike(first) for q in others):
+        return f"the weights differ in more than their rows: {', '.join(map(repr, weights))}"
+    if first.format.levels not in ("int", *WHOLE):
+        return f"{first.format.name} takes two tables, or a kernel of its own"
+    return refuses(x, first)
+
+
+def several(
+    x: Array, weights: Sequence[QTensor], out: jnp.dtype, *, most: str | None = None, threads: int | None = None
+) -> list[Array]:
+    """`matmul` of x [m, in] by each of the weights [out, in] in one call: x is rounded once, threads meet once."""
+    first = weights[0]
+    made = out if out in native.FLOATS else jnp.float32
+    shapes = [jax.ShapeDtypeStruct((x.shape[0], q.codes.shape[0]), made) for q in weights]
+    call = jax.ffi.ffi_call("jaxllm_packed_several", shapes, vmap_method="sequential")
+    ((factor, table),) = _tables(first)
+    parts = [part[None] if part.size else part for q in weights for part in _parts(q)]
+    ys = call(x, *parts, **_codes(first), **native.how(most, threads), factor=factor, table=table)
+    return [y.astype(out) for y in ys]
 
 
 def _call(x: Array, expert: Array, q: QTensor, out: jnp.dtype, most: str | None, threads: int | None) -> Array:

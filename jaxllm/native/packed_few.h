@@ -70,8 +70,8 @@ inline void add_blocks(const Rounded& x, const Strip& s, W* fours, Place* at, V 
   }
 }
 
-// What to fetch ahead of the codes that are read. Short rows are fetched into the nearest cache, a little before they
-// are needed; of long ones the next strip, for the cache behind it, in the order in which it lies.
+// What to fetch ahead of the codes that are read, into the second cache: the first has too few places for lines that are
+// on their way. Of short rows what lies a little behind; of long ones the next strip, in the order in which it lies.
 class Ahead {
  public:
   // Of a strip that begins with row n and is gone through in `steps`.
@@ -86,14 +86,13 @@ class Ahead {
 
   // What goes with a step of `vectors` of words.
   void some(int vectors) {
-    for (; vectors > 0; --vectors, at_ += 4 * kLanes)
-      short_ ? __builtin_prefetch(at_, 0, 3) : __builtin_prefetch(at_, 0, 2);
+    for (; vectors > 0; --vectors, at_ += 4 * kLanes) __builtin_prefetch(at_, 0, 2);
     __builtin_prefetch(scales_, 0, 3);
     scales_ += step_;
   }
 
  private:
-  static constexpr int64_t kShort = 1 << 13, kDistance = 1 << 12;  // bytes, as measured on Zen 4
+  static constexpr int64_t kShort = 1 << 13, kDistance = 1 << 13;  // bytes, as measured on Zen 4
   const Lines& lines_;
   const bool short_;
   const int64_t step_;
@@ -125,7 +124,10 @@ inline void add_few(const Packed& p, const Rounded& x, const Strip& s, int64_t n
         ahead.some(4 * kWide);
         add_four<R, kWide, true>(codes, l, 4 * g, rows, c * kStep, x, to);
       }
-      for (; c < last; ++c, to += kSums) add_four<R, kWide, false>(codes, l, 4 * g, rows, c * kStep, x, to);
+      for (; c < last; ++c, to += kSums) {
+        ahead.some(4 * kWide);
+        add_four<R, kWide, false>(codes, l, 4 * g, rows, c * kStep, x, to);
+      }
     }
     for (int64_t c = first; c < last; ++c) add_blocks<R, kFours>(x, s, fours + (c - first) * kSums, &at, totals);
   }

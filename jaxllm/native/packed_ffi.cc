@@ -1,6 +1,7 @@
 // What XLA calls for products with packed weights.
 #include <algorithm>
 #include <string>
+#include <vector>
 
 #include "buffers.h"
 #include "experts.h"
@@ -122,7 +123,8 @@ ffi::Error packed_call(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::
   if (experts == 0) return wrong("takes x [m, k] and y [m, n]; the parts of the weight do not fit them");
   Team team(pool, threads);
   return by_expert(p, experts, expert, "packed", [&](const Packed& rows, int64_t own) {
-    packed_matmul(of_expert(rows, own), static_cast<int>(level), team);
+    Packed weight = of_expert(rows, own);
+    packed_matmul(&weight, 1, static_cast<int>(level), team);
   });
 }
 
@@ -142,6 +144,24 @@ ffi::Error packed_gated_call(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuf
     return wrong("takes x [m, k] and y [m, n]; the parts of gate and up do not fit them");
   Team team(pool, threads);
   packed_gated(p, up, static_cast<Activation>(activation), static_cast<int>(level), team);
+  return ffi::Error::Success();
+}
+
+// The parts of each weight, one weight after the other -> its product with x.
+ffi::Error packed_several_call(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs parts, ffi::RemainingRets y,
+                               int64_t kind, int64_t center, int64_t bits, int64_t group, float factor,
+                               ffi::Span<const int64_t> table, int64_t level, int64_t threads) {
+  constexpr size_t kParts = sizeof(Parts) / sizeof(ffi::AnyBuffer);
+  if (y.size() == 0 || parts.size() != kParts * y.size()) return wrong("takes seven parts of every weight");
+  std::vector<Packed> weights(y.size(), Packed{});
+  for (size_t i = 0; i < y.size(); ++i) {
+    const auto part = [&](size_t j) { return *parts.get<ffi::AnyBuffer>(kParts * i + j); };
+    const Parts of_one{part(0), part(1), part(2), part(3), part(4), part(5), part(6)};
+    if (read(x, of_one, **y.get<ffi::AnyBuffer>(i), {kind, center, bits, group, factor, table}, &weights[i]) != 1)
+      return wrong("takes x [m, k] and y [m, n] of every weight; the parts of one do not fit them");
+  }
+  Team team(pool, threads);
+  packed_matmul(weights.data(), static_cast<int64_t>(weights.size()), static_cast<int>(level), team);
   return ffi::Error::Success();
 }
 
@@ -198,6 +218,21 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxllm_packed_gated, jaxllm::packed_gated_call,
                                   .Attr<float>("factor")
                                   .Attr<xla::ffi::Span<const int64_t>>("table")
                                   .Attr<int64_t>("activation")
+                                  .Attr<int64_t>("level")
+                                  .Attr<int64_t>("threads"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxllm_packed_several, jaxllm::packed_several_call,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<int64_t>("kind")
+                                  .Attr<int64_t>("center")
+                                  .Attr<int64_t>("bits")
+                                  .Attr<int64_t>("group")
+                                  .Attr<float>("factor")
+                                  .Attr<xla::ffi::Span<const int64_t>>("table")
                                   .Attr<int64_t>("level")
                                   .Attr<int64_t>("threads"));
 
