@@ -70,19 +70,14 @@ inline void add_blocks(const Rounded& x, const Strip& s, W* fours, Place* at, V 
   }
 }
 
-// What to fetch ahead of the codes that are read, into the second cache: the first has too few places for lines that are
-// on their way. Of short rows what lies a little behind; of long ones the next strip, in the order in which it lies.
+// What to fetch ahead of the codes that are read: the next strip, in the order in which it lies, into the second cache.
+// The first has too few places for lines that are on their way.
 class Ahead {
  public:
   // Of a strip that begins with row n and is gone through in `steps`.
   Ahead(const Lines& l, const Numbers& scale, int64_t n, int64_t steps)
-      : lines_(l), short_(kLanes * l.bytes <= kShort), step_(kLanes * scale.count * bytes(scale.type) / steps),
-        at_(l.at(kLanes, 0)),
+      : step_(kLanes * scale.count * bytes(scale.type) / steps), at_(l.at(kLanes, 0)),
         scales_(static_cast<const uint8_t*>(scale.data) + (n + kLanes) * scale.count * bytes(scale.type)) {}
-
-  void begin(int64_t row, int64_t word) {
-    if (short_) at_ = lines_.at(row, word) + kDistance;
-  }
 
   // What goes with a step of `vectors` of words.
   void some(int vectors) {
@@ -92,9 +87,6 @@ class Ahead {
   }
 
  private:
-  static constexpr int64_t kShort = 1 << 13, kDistance = 1 << 13;  // bytes, as measured on Zen 4
-  const Lines& lines_;
-  const bool short_;
   const int64_t step_;
   const uint8_t *at_, *scales_;
 };
@@ -119,7 +111,6 @@ inline void add_few(const Packed& p, const Rounded& x, const Strip& s, int64_t n
     for (int g = 0; g < kLanes / 4; ++g) {
       W* to = fours + g;
       int64_t c = first;
-      ahead.begin(4 * g, c * kStep);
       for (; c < least(last, whole); ++c, to += kSums) {
         ahead.some(4 * kWide);
         add_four<R, kWide, true>(codes, l, 4 * g, rows, c * kStep, x, to);

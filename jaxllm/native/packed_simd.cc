@@ -44,11 +44,18 @@ void put_in_place(const Packed& p, const uint32_t* bits, int32_t* to) {
   has_bytes(p) ? put_in_place<true, int16_t>(bits, p.width, to) : put_in_place<false, int16_t>(bits, p.width, to);
 }
 
-// Block b of `count` dots, `each` of a word, into a row as `few` has it.
-void put_in_lanes(const int32_t* block, int64_t count, int64_t each, int64_t b, int32_t* row) {
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t word = (b * count + i) / each;
-    row[(word / kLanes * each + i % each) * kLanes + word % kLanes] = block[i];
+// Block b of `count` dots, kEach of a word, into a row as `few` has it.
+template <int kEach>
+void put_in_lanes(const int32_t* block, int64_t count, int64_t b, int32_t* row) {
+  for (int64_t i = 0, at = b * count; i < count; ++i, ++at)
+    row[(at / kEach / kLanes * kEach + at % kEach) * kLanes + at / kEach % kLanes] = block[i];
+}
+
+void put_in_lanes(const Packed& p, const int32_t* block, int64_t count, int64_t b, int32_t* row) {
+  switch (dots_of_word(p)) {
+    case 1: return put_in_lanes<1>(block, count, b, row);
+    case 2: return put_in_lanes<2>(block, count, b, row);
+    default: return put_in_lanes<4>(block, count, b, row);
   }
 }
 
@@ -320,7 +327,7 @@ static void round_row(const Packed& p, int64_t row, const Rounded& x) {
       int32_t block[kMostWidth / 2];
       int32_t* to = x.few ? block : x.values + at * count;
       round_block(p, values, to, x.scale + at, x.sum + at);
-      if (x.few) put_in_lanes(block, count, dots_of_word(p), b, lanes + part * x.row);
+      if (x.few) put_in_lanes(p, block, count, b, lanes + part * x.row);
       x.start[at] = static_cast<int32_t>(-p.center * static_cast<int64_t>(x.sum[at]));
     }
   }
