@@ -36,7 +36,7 @@ class EagleHead:
     rounds: how often the head reads the text; after the first, with its own features in place of the target's."""
 
     config: HeadConfig
-    rounds: int = 2
+    rounds: int = 3
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
@@ -84,7 +84,7 @@ class EagleHead:
         return DraftHead(load_eagle(folder, target))
 
 
-def eagle_head(target: Model, rounds: int = 2) -> EagleHead:
+def eagle_head(target: Model, rounds: int = 3) -> EagleHead:
     """A new head for a target that was loaded; raises ConfigError as `describe_eagle` does."""
     values = eagle_values(target)
     return EagleHead(

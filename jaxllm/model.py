@@ -73,9 +73,9 @@ class Model:
 
 
 def bundled(which: str = "target") -> pathlib.Path:
-    """The folder of what ships with jaxllm: "target", a smaller "draft", or "medusa", heads for the target."""
-    if which not in ("target", "draft", "medusa"):
-        raise CheckpointError(f"the bundled models are 'target', 'draft' and 'medusa', got {which!r}")
+    """The folder of what ships with jaxllm: "target", a smaller "draft", or heads for it, "medusa" and "eagle"."""
+    if which not in ("target", "draft", "medusa", "eagle"):
+        raise CheckpointError(f"the bundled models are 'target', 'draft', 'medusa' and 'eagle', got {which!r}")
     return BUNDLED / which
 
 

@@ -135,7 +135,7 @@ def _by_platform(found: dict[str, Callable], default: Callable, *args) -> Array:
 
 
 def matmuls(x: Array, weights: Sequence[Array | QTensor]) -> list[Array]:
-    """`matmul` of x [..., in] by each of the weights [out, in], in x's dtype: at once where a kernel takes them so."""
+    """`matmul` of x [..., in] by each of the weights [out, in], in x's dtype: at once where a kernel can."""
     if _NAMED.value or not _at_once(x, weights):
         return [matmul(x, w) for w in weights]
     ys = _several(x.reshape(-1, x.shape[-1]), tuple(weights))

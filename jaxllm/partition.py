@@ -61,7 +61,8 @@ def meshes() -> AbstractContextManager[None]:
 def on_mesh() -> bool:
     """Whether an operation may be split here.
 
-    Rules cost a third of the time that tracing takes: they are left out where nothing can be. Within `jax.shard_map` an array is a piece already.
+    Rules cost a third of the time that tracing takes: they are left out where nothing can be. Within
+    `jax.shard_map` an array is a piece already.
     """
     if AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types:
         return False

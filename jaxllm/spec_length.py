@@ -14,7 +14,7 @@ _TRIED = 4  # the length that is measured first, where there are several
 _TRIALS = 3  # times of it, before anything is decided
 _PLAIN = 8  # plain steps measured together, as they overlap with the host's work
 _SHARE = 0.02  # of the time of plain steps is what trying again may take
-_REST = (64, 1024)  # at least and at most so many plain steps lie between two trials
+_REST = (64, 16384)  # at least and at most so many plain steps lie between two trials
 
 
 class Pace:

@@ -235,7 +235,7 @@ def test_the_command(tmp_path, capsys, kind):
 def test_an_eagle_head_that_is_new_guesses_as_the_target():
     """Before training it hardly changes the feature, so that features of the target are next to its own."""
     target = jaxllm.load(jaxllm.bundled("draft"))
-    kind = eagle_head(target)
+    kind = eagle_head(target, rounds=2)
     seen = look(target.config, target.params, TEXT[:1], kind.features)
     _, hits = jax.jit(kind.loss, static_argnums=0)(target.config, target.params, kind.start(target, 0), seen)
     assert hits.shape == (2,)

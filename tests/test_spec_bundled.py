@@ -17,10 +17,12 @@ import pytest
 
 import jaxllm
 from jaxllm import decode, layers, quant, sampling, spec_verify
+from jaxllm.draft_head import DraftHead
 from jaxllm.draft_lookahead import Lookahead
 from jaxllm.draft_medusa import load_medusa
 from jaxllm.draft_model import DraftModel, early_exit
 from jaxllm.draft_ngram import NGram
+from jaxllm.head_files import load_eagle
 from jaxllm.model import Model, bundled
 from jaxllm.spec_decode import Speculative
 
@@ -32,6 +34,7 @@ KINDS = {
     "copy": lambda target, draft: DraftModel(quant.quantize_model(target, "q4bf16_1"), (1,) * 3),
     "exit": lambda target, draft: DraftModel(early_exit(target, 4), (1, 1)),
     "medusa": lambda target, draft: load_medusa(bundled("medusa"), target),
+    "eagle": lambda target, draft: DraftHead(load_eagle(bundled("eagle"), target)),
 }
 GREEDY = dict(max_new_tokens=32, eos=(), max_len=96)
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from jaxllm import bundled, load
 from jaxllm.commands.common import whole
-from jaxllm.errors import CheckpointError
 from jaxllm.model import Model
 
 if TYPE_CHECKING:
@@ -85,11 +84,7 @@ def _head(name: str, value: str | None, model: Model, args: argparse.Namespace) 
 
     if name == "mtp":
         return DraftHead(load_predictor(args.model, model), (1,) * 4, "couple")
-    if value is None:
-        raise CheckpointError(
-            "no EAGLE heads ship with jaxllm; name a folder of them, or train some (train-heads)"
-        )
-    head = load_eagle(value, model)
+    head = load_eagle(value or bundled("eagle"), model)
     return DraftHead(head) if trees_fit(model.config) else DraftHead(head, (1,) * 4, "couple")
 
 

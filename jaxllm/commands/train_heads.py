@@ -28,7 +28,7 @@ DESCRIPTION = (
 )
 KINDS = ("medusa", "eagle", "draft")
 # What each kind alone takes, and what it takes without.
-OPTIONS = {"medusa": {"heads": 4, "layers": 1}, "eagle": {}, "draft": {"layers": 2, "width": 128}}
+OPTIONS = {"medusa": {"heads": 4, "layers": 1}, "eagle": {"rounds": 3}, "draft": {"layers": 2, "width": 128}}
 LENGTH = 256  # tokens of a window
 EVERY = 50  # steps between two lines, where there is no terminal
 
@@ -36,12 +36,15 @@ EVERY = 50  # steps between two lines, where there is no terminal
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="checkpoint folder or hub id, or 'bundled'")
     parser.add_argument("out", metavar="OUT", help="the folder to write; it may not exist yet")
-    parser.add_argument("--kind", choices=KINDS, required=True, help="what to train")
+    parser.add_argument(
+        "--kind", metavar="KIND", choices=KINDS, required=True, help="what to train: medusa, eagle or draft"
+    )
     parser.add_argument("--data", metavar="FILE", required=True, help="UTF-8 text to train on")
     parser.add_argument("--held-out", metavar="FILE", help="text to measure on (default: the end of the data)")
     parser.add_argument("--heads", metavar="K", type=common.whole, help="medusa: tokens ahead (default: 4)")
     parser.add_argument("--layers", metavar="N", type=common.whole, help="of each head (1), or of the draft (2)")
     parser.add_argument("--projections", action="store_true", help="medusa: a projection of its own for each head")
+    parser.add_argument("--rounds", metavar="N", type=common.whole, help="eagle: all but one its own features (3)")
     parser.add_argument("--width", metavar="D", type=common.whole, help="draft: of the model (default: 128)")
     parser.add_argument("--steps", metavar="N", type=common.whole, default=1000, help="(default: 1000)")
     parser.add_argument("--batch", metavar="B", type=common.whole, default=8, help="windows a step (default: 8)")
@@ -87,7 +90,7 @@ def make(args: argparse.Namespace, target: Model) -> Kind:
     if args.kind == "eagle":
         from jaxllm.heads_eagle import eagle_head
 
-        return eagle_head(target)
+        return eagle_head(target, **chosen)
     from jaxllm.heads_draft import SmallModel
 
     return SmallModel(**chosen)
