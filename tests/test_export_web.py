@@ -262,6 +262,11 @@ def serialized(g: Graph) -> bytes:
         return pathlib.Path(folder, "x.onnx").read_bytes()
 
 
+def test_types_that_browsers_lack_are_refused():
+    with pytest.raises(Unsupported, match="numbers of type bfloat16"):
+        Graph().cast(np.ones(3, np.float32), jnp.bfloat16)
+
+
 def test_axes_of_another_form_are_refused():
     (t,) = jax.export.symbolic_shape("t")
     assert [linear(a) for a in (5, t, 3 * t, t + 2, 4 * t - 1)] == [(0, 5), (1, 0), (3, 0), (1, 2), (4, -1)]
@@ -401,20 +406,44 @@ def numbers_page(tmp_path_factory):
     return page
 
 
+def check_numbers(page: chromium.Chromium, kind: str, folder: pathlib.Path, engine: str, count: int) -> None:
+    """What the page answers to numbers is what the live model does."""
+    asked = random_model.tokens(11, seed=3).tolist()
+    name, format, options = CASES[kind]
+    room = dict(max_len=options.context)
+    if options.window:
+        room = dict(max_len=options.window, overflow="evict-oldest", sinks=options.sinks)
+    with ops.portable():
+        model, sizes = model_of(name, format), dict(max_new_tokens=count, prefill_chunk_size=options.chunk)
+        live = decode.generate(model, [asked], **sizes, **room)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "PROMPT", " ".join(map(str, asked)))
+        prompt, made = chat(page, (folder / "index.html").as_uri(), engine, count)
+    assert (prompt, made) == (asked, list(live.completions[0].tokens))
+
+
 @browser
 @pytest.mark.slow  # a software GPU compiles its programs for a minute
 @pytest.mark.parametrize("kind", ["experts in 8 bits", "packed recurrent"])
 def test_other_kinds_on_webgpu(kind, numbers_page):
     """What has no kernel on a GPU is left to the CPU by the runtime."""
     folder = numbers_page(kind)
-    asked = random_model.tokens(11, seed=3).tolist()
-    name, format, options = CASES[kind]
-    with ops.portable():
-        live = decode.generate(model_of(name, format), [asked], max_new_tokens=5, max_len=options.context)
-    with chromium.Chromium() as page, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules[__name__], "PROMPT", " ".join(map(str, asked)))
-        prompt, made = chat(page, (folder / "index.html").as_uri(), "webgpu", 5)
-    assert (prompt, made) == (asked, list(live.completions[0].tokens))
+    with chromium.Chromium() as page:
+        check_numbers(page, kind, folder, "webgpu", 5)
+
+
+@pytest.fixture(scope="module")
+def tab():
+    """A browser for several pages, one after the other."""
+    with chromium.Chromium() as page:
+        yield page
+
+
+@browser
+@pytest.mark.parametrize("kind", ["evicting", "latent", "bfloat16"])
+def test_other_kinds_in_webassembly(kind, numbers_page, tab):
+    """A window that is passed, shared keys and values, and numbers that the browser's runtime has no type for."""
+    check_numbers(tab, kind, numbers_page(kind), "wasm", 24)
 
 
 @engine

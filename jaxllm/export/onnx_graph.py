@@ -16,7 +16,7 @@ import numpy as np
 
 Axes = tuple[Any, ...]  # ints, and sums of multiples of one symbol
 MICROSOFT = "com.microsoft"
-TYPES = {  # numbers of onnx.TensorProto's types
+TYPES = {  # numbers of onnx.TensorProto's types; browsers' builds have no bfloat16
     "float32": 1,
     "uint8": 2,
     "int8": 3,
@@ -25,7 +25,6 @@ TYPES = {  # numbers of onnx.TensorProto's types
     "bool": 9,
     "float16": 10,
     "uint32": 12,
-    "bfloat16": 16,
 }
 
 
