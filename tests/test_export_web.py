@@ -18,7 +18,7 @@ import pytest
 import jaxllm
 from jaxllm import decode, ops
 from jaxllm.checkpoint.canonical import flatten
-from jaxllm.config import MLP
+from jaxllm.config import MLP, Norm
 from jaxllm.errors import ConfigError, MissingExtraError
 from jaxllm.export import build, onnx_convert, target, web_assets, web_page
 from jaxllm.export.onnx_graph import Graph, Unsupported, linear
@@ -82,6 +82,17 @@ def test_onnx_runtime_computes_the_model(case, tmp_path):
     assert said["max_difference"] < (0.03 if rounded else 2e-6) * said["largest_logit"]
     programs = export.manifest["programs"]
     assert {files["onnx"] for files in (p["files"] for p in programs.values())} == {"model.onnx"}
+
+
+@engine
+def test_layer_norms_without_a_bias(tmp_path):
+    norm = Norm("layer", 1e-5)
+    config = random_model.config(random_model.Block(random_model.attention(), MLP(40, "gelu"), norm), norm=norm)
+    model = jaxllm.Model(config, random_model.params(config))
+    with without_page():
+        said = build.export(model, "web", tmp_path / "out", options=SMALL).manifest["verification"]
+    assert said["tokens_equal"] == said["tokens"]
+    assert said["max_difference"] < 2e-6 * said["largest_logit"]
 
 
 @engine
@@ -260,6 +271,14 @@ def serialized(g: Graph) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         onnx_file.write(pathlib.Path(folder), g, "x.onnx")
         return pathlib.Path(folder, "x.onnx").read_bytes()
+
+
+def test_inputs_that_are_left_out_at_the_end_are_not_written():
+    g = Graph()
+    x, one = g.input("x", (3,), np.float32), np.ones((), np.float32)
+    for given in ((x, x, None), (x, None, one)):
+        g.op("Some", *given, None, shape=(3,), dtype=np.float32)
+    assert [node.inputs for node in g.nodes] == [("x", "x"), ("x", "", g.constant(one).name)]
 
 
 def test_types_that_browsers_lack_are_refused():

@@ -142,6 +142,9 @@ class Graph:
         self, op: str, inputs: Iterable[Value | np.ndarray | None], count: int, domain: str, **attributes: Any
     ) -> tuple[str, ...]:
         """The names of a node's outputs; those of an equal node where there is one."""
+        inputs = list(inputs)
+        while inputs and inputs[-1] is None:  # the runtime's optimizer breaks down at a last input without a name
+            inputs.pop()
         names = tuple("" if x is None else self.value(x).name for x in inputs)
         stated = tuple(sorted((k, v) for k, v in attributes.items() if v is not None))
         key = (op, domain, names, count, repr(stated))
