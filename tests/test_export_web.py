@@ -18,7 +18,7 @@ import pytest
 import jaxllm
 from jaxllm import decode, ops
 from jaxllm.checkpoint.canonical import flatten
-from jaxllm.config import MLP
+from jaxllm.config import MLP, Norm
 from jaxllm.errors import ConfigError, MissingExtraError
 from jaxllm.export import build, onnx_convert, target, web_assets, web_page
 from jaxllm.export.onnx_graph import Graph, Unsupported, linear
@@ -82,6 +82,17 @@ def test_onnx_runtime_computes_the_model(case, tmp_path):
     assert said["max_difference"] < (0.03 if rounded else 2e-6) * said["largest_logit"]
     programs = export.manifest["programs"]
     assert {files["onnx"] for files in (p["files"] for p in programs.values())} == {"model.onnx"}
+
+
+@engine
+def test_layer_norms_without_a_bias(tmp_path):
+    norm = Norm("layer", 1e-5)
+    config = random_model.config(random_model.Block(random_model.attention(), MLP(40, "gelu"), norm), norm=norm)
+    model = jaxllm.Model(config, random_model.params(config))
+    with without_page():
+        said = build.export(model, "web", tmp_path / "out", options=SMALL).manifest["verification"]
+    assert said["tokens_equal"] == said["tokens"]
+    assert said["max_difference"] < 2e-6 * said["largest_logit"]
 
 
 @engine
@@ -262,6 +273,19 @@ def serialized(g: Graph) -> bytes:
         return pathlib.Path(folder, "x.onnx").read_bytes()
 
 
+def test_inputs_that_are_left_out_at_the_end_are_not_written():
+    g = Graph()
+    x, one = g.input("x", (3,), np.float32), np.ones((), np.float32)
+    for given in ((x, x, None), (x, None, one)):
+        g.op("Some", *given, None, shape=(3,), dtype=np.float32)
+    assert [node.inputs for node in g.nodes] == [("x", "x"), ("x", "", g.constant(one).name)]
+
+
+def test_types_that_browsers_lack_are_refused():
+    with pytest.raises(Unsupported, match="numbers of type bfloat16"):
+        Graph().cast(np.ones(3, np.float32), jnp.bfloat16)
+
+
 def test_axes_of_another_form_are_refused():
     (t,) = jax.export.symbolic_shape("t")
     assert [linear(a) for a in (5, t, 3 * t, t + 2, 4 * t - 1)] == [(0, 5), (1, 0), (3, 0), (1, 2), (4, -1)]
@@ -401,20 +425,44 @@ def numbers_page(tmp_path_factory):
     return page
 
 
+def check_numbers(page: chromium.Chromium, kind: str, folder: pathlib.Path, engine: str, count: int) -> None:
+    """What the page answers to numbers is what the live model does."""
+    asked = random_model.tokens(11, seed=3).tolist()
+    name, format, options = CASES[kind]
+    room = dict(max_len=options.context)
+    if options.window:
+        room = dict(max_len=options.window, overflow="evict-oldest", sinks=options.sinks)
+    with ops.portable():
+        model, sizes = model_of(name, format), dict(max_new_tokens=count, prefill_chunk_size=options.chunk)
+        live = decode.generate(model, [asked], **sizes, **room)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "PROMPT", " ".join(map(str, asked)))
+        prompt, made = chat(page, (folder / "index.html").as_uri(), engine, count)
+    assert (prompt, made) == (asked, list(live.completions[0].tokens))
+
+
 @browser
 @pytest.mark.slow  # a software GPU compiles its programs for a minute
 @pytest.mark.parametrize("kind", ["experts in 8 bits", "packed recurrent"])
 def test_other_kinds_on_webgpu(kind, numbers_page):
     """What has no kernel on a GPU is left to the CPU by the runtime."""
     folder = numbers_page(kind)
-    asked = random_model.tokens(11, seed=3).tolist()
-    name, format, options = CASES[kind]
-    with ops.portable():
-        live = decode.generate(model_of(name, format), [asked], max_new_tokens=5, max_len=options.context)
-    with chromium.Chromium() as page, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules[__name__], "PROMPT", " ".join(map(str, asked)))
-        prompt, made = chat(page, (folder / "index.html").as_uri(), "webgpu", 5)
-    assert (prompt, made) == (asked, list(live.completions[0].tokens))
+    with chromium.Chromium() as page:
+        check_numbers(page, kind, folder, "webgpu", 5)
+
+
+@pytest.fixture(scope="module")
+def tab():
+    """A browser for several pages, one after the other."""
+    with chromium.Chromium() as page:
+        yield page
+
+
+@browser
+@pytest.mark.parametrize("kind", ["evicting", "latent", "bfloat16"])
+def test_other_kinds_in_webassembly(kind, numbers_page, tab):
+    """A window that is passed, shared keys and values, and numbers that the browser's runtime has no type for."""
+    check_numbers(tab, kind, numbers_page(kind), "wasm", 24)
 
 
 @engine

@@ -53,8 +53,9 @@ def write_mlc(
 
     quantization: one of SCHEMES. rounding: "even" as MLC-LLM since April 2026 everywhere and before it on CUDA;
     "away", halves away from zero, as it was elsewhere. Shards and index are what its own converter on a CPU
-    makes; mlc-chat-config.json has the conversation template "LM" (text as it is), which `mlc_llm gen_config`
-    changes. Tensors are made one at a time: the peak is one of them, packed and not, and a shard of 32 MB.
+    makes; mlc-chat-config.json has the conversation template "LM" (text as it is), which `mlc_llm gen_config` and
+    an export for the target mlc change. Tensors are made one at a time: the peak is one of them, packed and not,
+    and a shard of 32 MB.
 
     Returns `out`. Raises ConfigError for an unknown scheme or rounding and an architecture that MLC-LLM lacks;
     CheckpointError where `out` already holds weights or the source lacks tensors.

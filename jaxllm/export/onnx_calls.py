@@ -138,8 +138,7 @@ def per_head(g: Graph, out: Any, numbers: Mapping[str, Any], x: Input, w: Any) -
 def embed(g: Graph, out: Any, numbers: Mapping[str, Any], w: Any, tokens: Input) -> Value:
     """Rows of w [V, D]."""
     if not isinstance(w, QTensor):
-        rows = read(g, w)
-        return g.cast(g.op("Gather", rows, tokens, shape=out.shape, dtype=rows.dtype, axis=0), out.dtype)
+        return g.op("Gather", g.cast(read(g, w), F32), tokens, shape=out.shape, dtype=F32, axis=0)
     if w.order is not None:
         return g.op("Gather", expanded(g, w), tokens, shape=out.shape, dtype=F32, axis=0)
     if g.bytes:

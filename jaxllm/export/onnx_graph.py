@@ -16,7 +16,7 @@ import numpy as np
 
 Axes = tuple[Any, ...]  # ints, and sums of multiples of one symbol
 MICROSOFT = "com.microsoft"
-TYPES = {  # numbers of onnx.TensorProto's types
+TYPES = {  # numbers of onnx.TensorProto's types; browsers' builds have no bfloat16
     "float32": 1,
     "uint8": 2,
     "int8": 3,
@@ -25,7 +25,6 @@ TYPES = {  # numbers of onnx.TensorProto's types
     "bool": 9,
     "float16": 10,
     "uint32": 12,
-    "bfloat16": 16,
 }
 
 
@@ -143,6 +142,9 @@ class Graph:
         self, op: str, inputs: Iterable[Value | np.ndarray | None], count: int, domain: str, **attributes: Any
     ) -> tuple[str, ...]:
         """The names of a node's outputs; those of an equal node where there is one."""
+        inputs = list(inputs)
+        while inputs and inputs[-1] is None:  # the runtime's optimizer breaks down at a last input without a name
+            inputs.pop()
         names = tuple("" if x is None else self.value(x).name for x in inputs)
         stated = tuple(sorted((k, v) for k, v in attributes.items() if v is not None))
         key = (op, domain, names, count, repr(stated))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 import jax
 
 from jaxllm.checkpoint import mlc
-from jaxllm.checkpoint.mlc_files import chat_sizes
+from jaxllm.checkpoint.mlc_files import TEMPLATE, chat_sizes
 from jaxllm.checkpoint.mlc_names import ARCHITECTURES
 from jaxllm.checkpoint.mlc_writer import SCHEMES, write_mlc
 from jaxllm.config import ModelConfig
 from jaxllm.errors import ConfigError
 from jaxllm.export.live import Live
 from jaxllm.export.manifest import formats_of
+from jaxllm.export.mlc_conversation import conversation
 from jaxllm.export.options import SIZES, Options
 from jaxllm.export.program import without_arrays
 from jaxllm.export.target import Built, Formats, Job, Target, Values
@@ -40,14 +42,32 @@ def refuses(config: ModelConfig, values: Values, formats: Formats, options: Opti
 
 
 def build(job: Job) -> Built:
-    """Shards, index and mlc-chat-config.json with the sizes asked for. Raises ConfigError for a Model."""
+    """Shards, index and mlc-chat-config.json with the sizes asked for and the conversation of the chat template.
+
+    Raises ConfigError for a Model."""
     if job.source is None:
         raise ConfigError("the target mlc converts a checkpoint's own tensors; give its path instead of a Model")
     made = write_mlc(job.source, job.folder / FOLDER, scheme(job.model))
     chat_sizes(made, context=job.options.context, chunk=job.options.chunk)
     shards = sorted(f"{FOLDER}/{path.name}" for path in made.glob("params_shard_*.bin"))
     pair = tuple(map(without_arrays, job.programs))
-    return Built(pair, {p.name: {"mlc": INDEX} for p in pair}, tuple(shards), {})
+    limits = {"conversation": _converse(job.model, made / "mlc-chat-config.json")}
+    return Built(pair, {p.name: {"mlc": INDEX} for p in pair}, tuple(shards), {}, limits)
+
+
+def _converse(model: Model, path: pathlib.Path) -> str:
+    """Write what MLC-LLM puts around messages -> how far that is the chat template."""
+    chat = json.loads(path.read_text(encoding="utf-8"))
+    own = chat.get("conv_template")
+    if not isinstance(own, dict) or own.get("name") != TEMPLATE["name"]:
+        return "as the source has it"
+    if model.tokenizer is None or model.tokenizer.chat_template is None:
+        return "LM: text as it is; there is no chat template"
+    if (found := conversation(model.tokenizer, model.eos_ids)) is None:
+        return "LM: text as it is; MLC-LLM's form, fixed texts around messages, does not make the chat template's"
+    chat["conv_template"], said = found
+    path.write_text(json.dumps(chat, indent=2, ensure_ascii=False), encoding="utf-8")
+    return f"{found[0]['name']}: the ids of the chat template, {said}"
 
 
 def scheme(model: Model) -> str:
