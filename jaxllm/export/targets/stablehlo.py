@@ -26,7 +26,7 @@ from jaxllm.export.program import Program
 from jaxllm.export.shipped import imported as _imported
 from jaxllm.export.target import Built, Formats, Job, Target, Values
 
-RUNNER = "run_stablehlo.py"
+RUNNER, EXAMPLE = "run_stablehlo.py", "run_pjrt.cc"
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 WINDOW = "WEEK_12"  # the versions of StableHLO of so many weeks read it
 
@@ -37,10 +37,11 @@ def refuses(config: ModelConfig, values: Values, formats: Formats, options: Opti
 
 
 def build(job: Job) -> Built:
-    """Both programs, each as prefill.jax_export and prefill.stablehlo, and the loader."""
+    """Both programs, each as prefill.jax_export and prefill.stablehlo, and the loaders."""
     parameters = write(job.folder, job.model.params)
     files = {program.name: _written(program, job) for program in job.programs}
-    shutil.copyfile(pathlib.Path(shipped.__file__).with_name(RUNNER), job.folder / RUNNER)
+    for name in (RUNNER, EXAMPLE):
+        shutil.copyfile(pathlib.Path(shipped.__file__).with_name(name), job.folder / name)
     return Built(job.programs, files, tuple(parameters), versions())
 
 
