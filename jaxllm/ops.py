@@ -294,7 +294,7 @@ def _ragged(x: Array, w: Array, expert: Array) -> Array:
 
 
 def _grouped_cpu(x: Array, w: Array, expert: Array) -> Array:
-    if x.shape[0] <= FEW_ROWS:
+    if isinstance(x.shape[0], int) and x.shape[0] <= FEW_ROWS:  # a symbolic number may be large
         return jnp.einsum("ri,roi->ro", x, w[expert], preferred_element_type=jnp.float32)
     return _grouped_blocks(x, w, expert)
 
@@ -312,7 +312,7 @@ def _grouped_blocks(x: Array, w: Array, expert: Array) -> Array:
         weight = lax.dynamic_index_in_dim(w, owner[i], keepdims=False)
         return lax.dynamic_update_slice_in_dim(y, _dot(block, weight), i * M, 0)
 
-    y = jnp.zeros((len(blocks) * M, w.shape[1]), jnp.float32)
+    y = jnp.zeros((blocks.shape[0] * M, w.shape[1]), jnp.float32)
     return lax.fori_loop(0, used, one, y)[place]
 
 

@@ -1,4 +1,4 @@
-"""What the stablehlo target has beside its usual programs: they run in C++, under PJRT's C API."""
+"""What the stablehlo target has beside its usual programs: they run in C++, and may have symbolic sizes."""
 
 import functools
 import importlib.util
@@ -7,10 +7,14 @@ import shutil
 import subprocess
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from jaxllm.export import shipped
-from jaxllm.export.options import Options
+from jaxllm import cli, decode, ops
+from jaxllm.errors import ConfigError
+from jaxllm.export import build, manifest, parameters, shipped, target
+from jaxllm.export.options import Options, settled
+from jaxllm.export.program import programs
 from jaxllm.export.targets import stablehlo
 from tests import random_model
 from tests.test_export import SMALL, first, made, model_of
@@ -36,10 +40,9 @@ def example(tmp_path_factory):
     flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", f"-I{package() / 'include'}"]
     subprocess.run(["c++", *flags, str(EXAMPLE), "-o", str(program), "-ldl"], check=True)
 
-    def run(folder, count, ids, plugin=package() / "xla_cpu_pjrt.so"):
-        return subprocess.run(
-            [program, plugin, folder, str(count), *map(str, ids)], capture_output=True, text=True, timeout=600
-        )
+    def run(folder, count, ids, plugin=None):
+        command = [program, plugin or package() / "xla_cpu_pjrt.so", folder, str(count), *map(str, ids)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
     return run
 
@@ -71,9 +74,85 @@ def test_the_example_ends_where_the_room_does_and_says_what_is_wrong(example, tm
     assert "exports no GetPjrtApi" in example(export.folder, 1, [1], "libm.so.6").stderr
     for file, words in {
         "params.safetensors": "has another size than the manifest says",
-        "decode.stablehlo": f"are StableHLO {stablehlo.versions()['stablehlo']}, and the plugin reads up to 1.13.3",
+        "decode.stablehlo": f"StableHLO {stablehlo.versions()['stablehlo']}, and the plugin reads up to 1.13.3",
     }.items():
         (export.folder / file).write_bytes((export.folder / file).read_bytes()[:-4])
         refused = example(export.folder, 1, [1])
         assert refused.returncode == 1
         assert words in refused.stderr
+
+
+# ---- sizes that are said when a program is called ----------------------------------------------------------
+
+BOTH = ("batch", "length")
+OPEN = {
+    "batch": ("moe", None, replace(SMALL, symbolic=("batch",), batch=2)),
+    "length": ("window", "int8", replace(SMALL, symbolic=("length",))),
+    "both": ("recurrent", None, replace(SMALL, symbolic=BOTH, sampler="in-graph", platform="tpu")),
+}
+
+
+@pytest.mark.parametrize("kind", OPEN)
+def test_sizes_may_be_said_later(kind, tmp_path):
+    name, format, options = OPEN[kind]
+    export, _ = made(model_of(name, format), tmp_path / "out", options)
+    record = export.manifest["verification"]
+    rows = options.batch + ("batch" in options.symbolic)
+    assert record["tokens_equal"] == record["tokens"] == options.batch * 33 + rows * 5
+    assert set(export.manifest["symbols"]) == {{"batch": "B", "length": "T"}[name] for name in options.symbolic}
+    ports = export.manifest["programs"]["prefill"]["inputs"]
+    tokens = next(port for port in ports if port["name"] == "tokens")
+    assert tokens["shape"] == ["B" if rows > options.batch else 1, "T" if "length" in options.symbolic else 8]
+    assert manifest.opened(export.folder) == export.manifest
+    assert {p.suffix for p in export.folder.iterdir()} == {".jax_export", ".json", ".py", ".safetensors"}
+
+
+@pytest.mark.parametrize(("name", "format"), [("mla", None), ("moe", "q4f16_1"), ("learned", None)])
+def test_other_kinds_of_models_leave_their_sizes_open(name, format):
+    model = model_of(name, format)
+    options = settled(replace(SMALL, symbolic=BOTH), model.config)
+    for program in programs(model.config, parameters.abstract(model.params), options):
+        inputs = stablehlo.exported(program, "cuda").in_avals
+        assert {str(x.shape[0]) for x in inputs if x.ndim and x.dtype == np.int32} == {"B"}
+
+
+def test_rows_are_as_many_as_there_are(tmp_path):
+    """Three rows and one by one program: each row is as if it were alone, and only what is open is."""
+    model = model_of()
+    _, artifact = made(model, tmp_path / "out", replace(SMALL, symbolic=BOTH))
+    tokens = random_model.tokens(3, 5)
+    step = lambda tokens: artifact.step(
+        "prefill", artifact.start(len(tokens)), {"tokens": tokens, "n_new": np.full(*tokens.shape, np.int32)}
+    )[0]["logits"]
+    alone = [step(tokens[i : i + 1])[0] for i in range(3)]
+    np.testing.assert_allclose(step(tokens), alone, rtol=0, atol=2e-6)
+    with pytest.raises(ValueError, match="refining shapes"):  # more than the chunk
+        step(random_model.tokens(1, 9))
+    prompt = random_model.tokens(13, seed=5).tolist()
+    with ops.portable():
+        live = decode.generate(model, prompt, max_new_tokens=12, prefill_chunk_size=8, max_len=SMALL.context)
+    assert first(artifact.generate(prompt), 12) == list(live.completions[0].tokens)
+
+
+def test_symbols_are_refused_where_they_cannot_be(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="the target gguf wants its batch said"):
+        target.check(target.find("gguf"), model_of().config, {}, {}, Options(symbolic=("batch",)))
+    with pytest.raises(ConfigError, match="what may be symbolic is batch and length, not 'rows'"):
+        build.export(model_of(), "stablehlo", tmp_path / "out", options=replace(SMALL, symbolic=("rows",)))
+
+    embed = ops.embed
+
+    def asking(w, tokens):
+        return embed(w, tokens) * (2 if tokens.shape[0] > 3 else 1)
+
+    monkeypatch.setattr(ops, "embed", asking)
+    with pytest.raises(ConfigError, match=r"cannot leave its batch open .*; export it with sizes that are said"):
+        build.export(model_of(), "stablehlo", tmp_path / "out", options=replace(SMALL, symbolic=("batch",)))
+
+
+def test_the_command_takes_symbols(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(build, "export", lambda *args, options, **more: asked.append(options) or exit())
+    with pytest.raises(SystemExit):
+        cli.main(["export", "x", "--target", "stablehlo", "--out", str(tmp_path), "--symbolic", "batch,length"])
+    assert asked[0].symbolic == ("batch", "length")

@@ -38,6 +38,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     ):
         parser.add_argument(name, metavar="N", type=kind, default=usual, help=help)
         parser.add_argument(MLC[name], metavar="N", type=kind, dest=name[2:], help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--symbolic",
+        metavar="SIZES",
+        type=lambda text: tuple(text.split(",")),
+        default=(),
+        help="batch, length or batch,length: sizes that are said when a program is called",
+    )
     parser.add_argument("--batch", metavar="B", type=common.whole, default=1, help="rows (default: 1)")
     parser.add_argument(
         "--sampler",
@@ -78,7 +85,14 @@ def _export(args: argparse.Namespace, began: float) -> None:
     if not args.source or not args.target or not args.out:
         args.fail("give a MODEL, --target and --out, or verify DIR, or --target list")
     options = Options(
-        args.context, args.chunk or Options.chunk, args.batch, args.window, args.sinks, args.sampler, args.platform
+        args.context,
+        args.chunk or Options.chunk,
+        args.batch,
+        args.window,
+        args.sinks,
+        args.sampler,
+        args.platform,
+        args.symbolic,
     )
     made = export(args.source, args.target, args.out, format=args.format, dtype=args.dtype, options=options)
     seconds, record = time.monotonic() - began, made.manifest["verification"]

@@ -14,10 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 
-from jaxllm import layers, sampling
+from jaxllm import layers, ops, sampling
 from jaxllm.config import ModelConfig
-from jaxllm.export.options import Options
+from jaxllm.errors import ConfigError
+from jaxllm.export.options import SYMBOLS, Options
 from jaxllm.export.parameters import Leaf, assembled, named
 from jaxllm.quant import QTensor
 from jaxllm.state import State
@@ -70,7 +72,7 @@ class Port:
 
     name: str
     role: str  # "parameter", "state", "input" or "result"
-    shape: tuple[int, ...]
+    shape: tuple[int | str, ...]  # a symbolic size is its letter
     dtype: str
     layout: str  # what the axes are: B rows, T tokens, S slots, K kv heads, h head dim, V vocabulary, ...
     meaning: str
@@ -96,14 +98,42 @@ class Program:
 def programs(config: ModelConfig, leaves: Mapping[str, Leaf], options: Options) -> tuple[Program, Program]:
     """(prefill, decode) of a model whose parameters are `leaves`, as `parameters.abstract` gives them.
 
-    options: as `settled` gives them. Nothing is traced for a device yet but the shapes of results."""
+    options: as `settled` gives them. Nothing is traced for a device yet but the shapes of results. Raises
+    ConfigError for a model that asks how large a symbolic size is."""
     state = options.state(config)
     initial = {name: _filled(name, x) for name, x in _named_state(state).items()}
     like = jax.eval_shape(lambda: state)
-    return tuple(
-        _program(name, config, leaves, like, options, initial, T)
-        for name, T in (("prefill", options.chunk), ("decode", 1))
-    )
+    try:
+        return tuple(
+            _program(name, config, leaves, like, options, initial, sizes)
+            for name, sizes in _sizes(options).items()
+        )
+    except jax.errors.InconclusiveDimensionOperation as error:
+        raise ConfigError(
+            f"this model cannot leave its {' and '.join(options.symbolic)} open ({str(error).splitlines()[0]}); "
+            "export it with sizes that are said"
+        ) from error
+
+
+def _sizes(options: Options) -> dict[str, dict[str, Any]]:
+    """Program -> letter -> size, a number or a symbol. A program's symbols are those of its arguments alone."""
+    fixed = {"prefill": {"B": options.batch, "T": options.chunk}, "decode": {"B": options.batch, "T": 1}}
+    return {name: sizes | _symbols(name, options) for name, sizes in fixed.items()}
+
+
+def _symbols(program: str, options: Options) -> dict[str, Any]:
+    letters = [SYMBOLS[name] for name in options.symbolic if (program, name) != ("decode", "length")]
+    bounds = [
+        f"{letter} <= {limits['maximum']}" for letter, limits in symbols(options).items() if "maximum" in limits
+    ]
+    scope = export.SymbolicScope([bound for bound in bounds if bound[0] in letters])
+    return {letter: export.symbolic_shape(letter, scope=scope)[0] for letter in letters}
+
+
+def symbols(options: Options) -> dict[str, dict[str, int]]:
+    """Letter -> what its size may be, of those that are said when a program is called."""
+    limits = {"B": {"minimum": 1}, "T": {"minimum": 1, "maximum": options.chunk}}
+    return {letter: limits[letter] for name, letter in SYMBOLS.items() if name in options.symbolic}
 
 
 def _filled(name: str, x: Array) -> int:
@@ -112,7 +142,7 @@ def _filled(name: str, x: Array) -> int:
     return int(values[0])
 
 
-def _program(name: str, config, leaves, like: State, options: Options, initial: dict[str, int], T: int) -> Program:
+def _program(name: str, config, leaves, like: State, options: Options, initial: dict[str, int], sizes) -> Program:
     in_graph = options.sampler == "in-graph"
 
     def call(params: Named, state: Named, inputs: Named) -> tuple[Named, Named]:
@@ -123,13 +153,13 @@ def _program(name: str, config, leaves, like: State, options: Options, initial: 
         return drawn(logits, inputs) if in_graph else {"logits": logits}, _named_state(new)
 
     table = INPUTS | SAMPLING if in_graph else INPUTS
-    sizes = {"B": options.batch, "T": T}
     shaped = {
         k: jax.ShapeDtypeStruct([sizes[axis] for axis in layout.split()], dtype)
         for k, (dtype, layout, _) in table.items()
     }
-    specs = (named(leaves), _named_state(like), shaped)
-    results, _ = jax.eval_shape(call, *specs)
+    specs = (named(leaves), _rows(_named_state(like), sizes["B"]), shaped)
+    with ops.portable():  # no kernel is asked whether it takes a symbolic size
+        results, _ = jax.eval_shape(call, *specs)
     state_ports = [_state_port(k, x, initial[k]) for k, x in _flat(specs[1])]
     inputs = [_parameter(k, x, leaves) for k, x in _flat(specs[0])] + state_ports
     inputs += [_port(k, x, "input", *table[k][1:]) for k, x in _flat(shaped)]
@@ -137,6 +167,11 @@ def _program(name: str, config, leaves, like: State, options: Options, initial: 
         _port(p.name, specs[1][p.name], "state", p.layout, p.meaning) for p in state_ports
     ]
     return Program(name, call, specs, tuple(inputs), tuple(outputs))
+
+
+def _rows(state: Named, B: Any) -> Named:
+    """Abstract arrays of a state, each of B rows."""
+    return {name: jax.ShapeDtypeStruct((B, *x.shape[1:]), x.dtype) for name, x in state.items()}
 
 
 def drawn(logits: Array, inputs: Named) -> Named:
@@ -185,7 +220,8 @@ def _flat(arrays: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _port(name: str, x, role: str, layout: str, meaning: str, **more) -> Port:
-    return Port(name, role, tuple(x.shape), x.dtype.name, layout, meaning, **more)
+    shape = tuple(size if isinstance(size, int) else str(size) for size in x.shape)
+    return Port(name, role, shape, x.dtype.name, layout, meaning, **more)
 
 
 def _state_port(name: str, x, initial: int) -> Port:

@@ -50,6 +50,7 @@ class Artifact:
             self.device = jax.devices(None if anywhere else self.manifest["target"]["platform"])[0]
         except RuntimeError as error:
             sys.exit(f"these programs are for another platform than this machine's: {error}")
+        self.symbols = self.manifest.get("symbols", {})  # "B" rows, "T" tokens of a prefill: of any number
         self.params = {}
         for name in self.manifest["parameters"]:
             self.params |= {k: jax.device_put(x, self.device) for k, x in arrays(self.folder / name)}
@@ -70,10 +71,11 @@ class Artifact:
         found = dataclasses.replace(found, platforms=(self.device.platform,)) if anywhere else found
         return jax.jit(found.call, donate_argnums=1)
 
-    def start(self):
-        """The state of rows that have seen nothing."""
+    def start(self, rows=1):
+        """The state of rows that have seen nothing. rows: how many, where the manifest leaves that open."""
         ports = [p for p in self.manifest["programs"]["decode"]["inputs"] if p["role"] == "state"]
-        empty = {p["name"]: np.full(p["shape"], p["initial"], jnp.dtype(p["dtype"])) for p in ports}
+        shape = lambda port: [rows if size == "B" else size for size in port["shape"]]
+        empty = {p["name"]: np.full(shape(p), p["initial"], jnp.dtype(p["dtype"])) for p in ports}
         return {name: jax.device_put(x, self.device) for name, x in empty.items()}
 
     def step(self, program, state, inputs):
@@ -82,7 +84,7 @@ class Artifact:
 
     def inputs(self, ids, width, step, temperature, top_p, seed):
         """What a program takes besides: the ids in every row, and a sampler's numbers if it has one inside."""
-        B = self.manifest["batch"]
+        B = 1 if "B" in self.symbols else self.manifest["batch"]
         row = np.pad(np.array(ids, np.int32), (0, width - len(ids)))
         found = {"tokens": np.tile(row, (B, 1)), "n_new": np.full(B, len(ids), np.int32)}
         if self.manifest["sampler"]["place"] == "in-graph":
@@ -98,7 +100,8 @@ class Artifact:
             sys.exit(f"the prompt has {len(ids)} tokens; this export takes 1 to {room or 'any number'}")
         random, state = np.random.default_rng(seed), self.start()
         for start in range(0, len(ids), chunk):
-            inputs = self.inputs(ids[start : start + chunk], chunk, 0, *knobs)
+            part = ids[start : start + chunk]
+            inputs = self.inputs(part, len(part) if "T" in self.symbols else chunk, 0, *knobs)
             results, state = self.step("prefill", state, inputs)
         for step in itertools.count(1):
             inside = "token" in results

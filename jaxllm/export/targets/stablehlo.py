@@ -20,7 +20,7 @@ from jax import export
 from jaxllm import ops
 from jaxllm.config import ModelConfig
 from jaxllm.export import shipped
-from jaxllm.export.options import Options
+from jaxllm.export.options import SYMBOLS, Options
 from jaxllm.export.parameters import write
 from jaxllm.export.program import Program
 from jaxllm.export.shipped import imported as _imported
@@ -37,10 +37,11 @@ def refuses(config: ModelConfig, values: Values, formats: Formats, options: Opti
 
 
 def build(job: Job) -> Built:
-    """Both programs, each as prefill.jax_export and prefill.stablehlo, and the loaders."""
+    """Both programs, each as prefill.jax_export and, where every size is said, prefill.stablehlo; the loaders of
+    what there is."""
     parameters = write(job.folder, job.model.params)
     files = {program.name: _written(program, job) for program in job.programs}
-    for name in (RUNNER, EXAMPLE):
+    for name in (RUNNER,) if job.options.symbolic else (RUNNER, EXAMPLE):
         shutil.copyfile(pathlib.Path(shipped.__file__).with_name(name), job.folder / name)
     return Built(job.programs, files, tuple(parameters), versions())
 
@@ -57,9 +58,12 @@ def versions() -> dict[str, str]:
 
 def _written(program: Program, job: Job) -> dict[str, str]:
     made = exported(program, job.options.platform)
-    names = {"jax_export": f"{program.name}.jax_export", "stablehlo": f"{program.name}.stablehlo"}
-    (job.folder / names["jax_export"]).write_bytes(made.serialize())
-    (job.folder / names["stablehlo"]).write_bytes(portable(made))
+    forms = {"jax_export": made.serialize}
+    if not job.options.symbolic:  # else its shapes are JAX's to work out, when the function is called
+        forms["stablehlo"] = lambda: portable(made)
+    names = {form: f"{program.name}.{form}" for form in forms}
+    for form, data in forms.items():
+        (job.folder / names[form]).write_bytes(data())
     return names
 
 
@@ -120,4 +124,5 @@ TARGET = Target(
     refuses=refuses,
     build=build,
     run=Runner,
+    symbolic=tuple(SYMBOLS),
 )
