@@ -1,4 +1,4 @@
-"""What the stablehlo target has beside its usual programs: they run in C++, and may have symbolic sizes."""
+"""What the stablehlo target has beside its usual programs: C++, symbolic sizes, and kernels inside."""
 
 import functools
 import importlib.util
@@ -7,15 +7,18 @@ import shutil
 import subprocess
 from dataclasses import replace
 
+import jax
+import jax.export
 import numpy as np
 import pytest
 
-from jaxllm import cli, decode, ops
-from jaxllm.errors import ConfigError
-from jaxllm.export import build, manifest, parameters, shipped, target
+from jaxllm import cli, decode, kernels, ops
+from jaxllm.errors import ConfigError, JaxllmError
+from jaxllm.export import ahead, build, manifest, parameters, shipped, target
 from jaxllm.export.options import Options, settled
 from jaxllm.export.program import programs
 from jaxllm.export.targets import stablehlo
+from jaxllm.kernels import dense
 from tests import random_model
 from tests.test_export import SMALL, first, made, model_of
 
@@ -156,3 +159,62 @@ def test_the_command_takes_symbols(monkeypatch, tmp_path):
     with pytest.raises(SystemExit):
         cli.main(["export", "x", "--target", "stablehlo", "--out", str(tmp_path), "--symbolic", "batch,length"])
     assert asked[0].symbolic == ("batch", "length")
+
+
+# ---- kernels of Pallas inside -------------------------------------------------------------------------------
+
+PALLAS = replace(SMALL, platform="tpu", kernels="pallas")
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """As if libtpu had compiled -> the directories it was given. tests/test_aot.py has the real one."""
+    given = []
+    monkeypatch.setattr(ahead, "unavailable", lambda: None)
+    monkeypatch.setattr(ahead, "compiled", lambda folder, manifest: given.append(folder) or "a TPU")
+    return given
+
+
+def test_kernels_are_inside_and_are_interpreted(tmp_path, compiler):
+    """In float32: what the kernels round, int8 activations not among it, is as little as XLA does."""
+    export, artifact = made(model_of("full", "int8"), tmp_path / "out", PALLAS)
+    record = export.manifest["verification"]
+    assert (record["verified"], len(compiler)) == ("compiled", 1)
+    assert record["where"].startswith("a TPU's compiler; its kernels interpreted by XLA on cpu")
+    assert record["tokens_equal"] == record["tokens"]
+    assert record["allowed"] <= 1e-4 * record["largest_logit"]
+    assert export.manifest["target"]["limits"] == {"kernels": stablehlo.KERNEL}
+    for name, program in export.manifest["programs"].items():
+        assert program["files"]["interpreted"] == f"{name}.interpreted"
+        inside = jax.export.deserialize(bytearray((export.folder / f"{name}.jax_export").read_bytes()))
+        assert (
+            inside.mlir_module().count(stablehlo.KERNEL) == 9
+        )  # seven products and attention of a layer, the head
+    assert len(first(artifact.generate([1, 2, 3]), 3)) == 3
+
+
+def test_a_kernel_that_computes_something_else_is_noticed(tmp_path, compiler, monkeypatch):
+    real = dense.matmul
+    monkeypatch.setattr(dense, "matmul", lambda x, w, **how: real(x, w, **how) * 1.001)
+    with pytest.raises(JaxllmError, match="not the model it was made from"):
+        made(model_of("tied", "int8"), tmp_path / "out", PALLAS)
+
+
+def test_kernels_are_refused_where_nothing_can_be_said_of_them(tmp_path, monkeypatch):
+    def asked(**more):
+        build.export(model_of("parallel"), "stablehlo", tmp_path / "out", options=replace(PALLAS, **more))
+
+    with pytest.raises(ConfigError, match="the target stablehlo has kernels of Pallas on tpu alone"):
+        asked(platform="cuda")
+    with pytest.raises(ConfigError, match="the target gguf has kernels of Pallas on no platform"):
+        target.check(target.find("gguf"), model_of().config, {}, {}, Options(kernels="pallas"))
+    with pytest.raises(ConfigError, match="made for sizes that are said"):
+        asked(symbolic=BOTH)
+    monkeypatch.setattr(ahead, "unavailable", lambda: "there is no compiler")
+    with pytest.raises(ConfigError, match="verified where they are compiled, and there is no compiler"):
+        asked()
+    monkeypatch.setattr(ahead, "unavailable", lambda: None)
+    monkeypatch.setattr(kernels, "_setting", lambda: "off")
+    with pytest.raises(ConfigError, match="no kernel takes anything of this model's prefill"):
+        asked()
+    assert list(tmp_path.iterdir()) == []

@@ -39,6 +39,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(name, metavar="N", type=kind, default=usual, help=help)
         parser.add_argument(MLC[name], metavar="N", type=kind, dest=name[2:], help=argparse.SUPPRESS)
     parser.add_argument(
+        "--kernels",
+        metavar="K",
+        choices=("portable", "pallas"),
+        default="portable",
+        help="pallas: jaxllm's own for the platform, inside the programs",
+    )
+    parser.add_argument(
         "--symbolic",
         metavar="SIZES",
         type=lambda text: tuple(text.split(",")),
@@ -92,6 +99,7 @@ def _export(args: argparse.Namespace, began: float) -> None:
         args.sinks,
         args.sampler,
         args.platform,
+        args.kernels,
         args.symbolic,
     )
     made = export(args.source, args.target, args.out, format=args.format, dtype=args.dtype, options=options)

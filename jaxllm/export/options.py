@@ -28,6 +28,7 @@ class Options:
     sinks: int = 0  # first tokens that are never evicted (attention_sink_size)
     sampler: Literal["logits", "in-graph"] = "logits"  # what the programs give: logits, or the token drawn
     platform: str | None = None  # one of the target's; None: its first
+    kernels: Literal["portable", "pallas"] = "portable"  # jaxllm's own for the platform, inside the programs
     symbolic: tuple[str, ...] = ()  # of SYMBOLS: what is said when a program is called; `batch` rows are verified
 
     def state(self, config: ModelConfig) -> State:

@@ -81,6 +81,7 @@ class Target:
     build: Callable[[Job], Built]
     run: Callable[[pathlib.Path, Mapping[str, Any]], Runner]  # of a directory and its manifest
     allowed: Callable[[ModelConfig, Formats], float] = allowed  # difference of a logit, over the largest
+    pallas: tuple[str, ...] = ()  # platforms for which its programs can have jaxllm's kernels in them
     symbolic: tuple[str, ...] = ()  # which sizes it can leave open, of options.SYMBOLS
 
     def missing(self) -> str | None:
@@ -115,6 +116,9 @@ def check(target: Target, config: ModelConfig, values: Values, formats: Formats,
     if options.platform not in (target.platforms or (None,)):
         known = f"its platforms are {', '.join(target.platforms)}" if target.platforms else "it has no platforms"
         raise ConfigError(f"the target {target.name} knows no platform {options.platform!r}; {known}")
+    if options.kernels != "portable" and options.platform not in target.pallas:
+        where = f"on {' and '.join(target.pallas)} alone" if target.pallas else "on no platform"
+        raise ConfigError(f"the target {target.name} has kernels of Pallas {where}; give --kernels portable")
     if fixed := [name for name in options.symbolic if name not in target.symbolic]:
         raise ConfigError(f"the target {target.name} wants its {fixed[0]} said; leave it out of what is symbolic")
     if reason := target.refuses(config, values, formats, options):

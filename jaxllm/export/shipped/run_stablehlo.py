@@ -66,7 +66,9 @@ class Artifact:
 
     def program(self, name, anywhere):
         """A function (parameters, state, inputs) -> (results, state); the state's memory is used again."""
-        data = (self.folder / self.manifest["programs"][name]["files"]["jax_export"]).read_bytes()
+        files = self.manifest["programs"][name]["files"]
+        form = "interpreted" if anywhere and "interpreted" in files else "jax_export"
+        data = (self.folder / files[form]).read_bytes()
         found = jax.export.deserialize(bytearray(data))
         found = dataclasses.replace(found, platforms=(self.device.platform,)) if anywhere else found
         return jax.jit(found.call, donate_argnums=1)
