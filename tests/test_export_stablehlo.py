@@ -12,7 +12,7 @@ import jax.export
 import numpy as np
 import pytest
 
-from jaxllm import cli, decode, kernels, ops
+from jaxllm import cli, decode, kernels, ops, sampling
 from jaxllm.errors import ConfigError, JaxllmError
 from jaxllm.export import ahead, build, manifest, parameters, shipped, target
 from jaxllm.export.options import Options, settled
@@ -20,7 +20,7 @@ from jaxllm.export.program import programs
 from jaxllm.export.targets import stablehlo
 from jaxllm.kernels import dense
 from tests import random_model
-from tests.test_export import SMALL, first, made, model_of
+from tests.test_export import SMALL, first, loader, made, model_of
 
 EXAMPLE = pathlib.Path(shipped.__file__).with_name(stablehlo.EXAMPLE)
 PACKAGE = "xla_plugins.xla_cpu_pjrt"  # of xla-cpu-pjrt: the header, and a plugin for CPUs
@@ -50,10 +50,11 @@ def example(tmp_path_factory):
     return run
 
 
+DRAWN = Options(window=20, sinks=3, chunk=8, batch=2, sampler="in-graph")
 KINDS = {  # every kind of input, result and parameter
     "dense": ("full", None, SMALL),
     "moe, packed": ("moe", "q4f16_1", SMALL),
-    "evicting, drawn, rows": ("full", None, Options(window=20, sinks=3, chunk=8, batch=2, sampler="in-graph")),
+    "evicting, drawn, rows": ("full", None, replace(DRAWN, penalties=True)),
 }
 
 
@@ -218,3 +219,38 @@ def test_kernels_are_refused_where_nothing_can_be_said_of_them(tmp_path, monkeyp
     with pytest.raises(ConfigError, match="no kernel takes anything of this model's prefill"):
         asked()
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- penalties in the sampler ---------------------------------------------------------------------------------
+
+
+def test_a_sampler_inside_penalises_what_was_said(tmp_path):
+    model = model_of()
+    options = replace(SMALL, sampler="in-graph", penalties=True, batch=2)
+    export, artifact = made(model, tmp_path / "out", options)
+    assert export.manifest["sampler"]["penalties"]
+    prompt = random_model.tokens(11).tolist()
+    usual = decode.generate(model, prompt, max_new_tokens=20, eos=()).completions[0].tokens
+    assert first(artifact.generate(prompt), 20) == list(usual)
+    for knobs in (
+        {"temperature": 0.0, "repetition_penalty": 1.4},
+        {"temperature": 0.9, "frequency_penalty": 0.7, "presence_penalty": -0.4},
+        {"temperature": 1.1, "repetition_penalty": 0.8, "presence_penalty": 1.5},
+    ):
+        live = decode.generate(
+            model, prompt, max_new_tokens=20, sampler=sampling.sampler(**knobs), key=jax.random.key(7), eos=()
+        )
+        assert first(artifact.generate(prompt, seed=7, **knobs), 20) == list(live.completions[0].tokens)
+        assert list(live.completions[0].tokens) != list(usual)
+
+
+def test_penalties_are_refused_where_they_cannot_be(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="give --sampler in-graph"):
+        build.export(model_of(), "stablehlo", tmp_path / "out", options=replace(SMALL, penalties=True))
+    with pytest.raises(ConfigError, match="the target iree has no penalties in its sampler"):
+        target.check(target.find("iree"), model_of().config, {}, {}, Options(platform="host", penalties=True))
+    without = object.__new__(loader().Artifact)
+    without.manifest = {"sampler": {"place": "logits"}}
+    assert without.penalties({"repetition_penalty": 1.0}) == {}
+    with pytest.raises(SystemExit, match="have no penalties"):
+        without.penalties({"presence_penalty": 0.5})

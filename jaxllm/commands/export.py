@@ -39,6 +39,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(name, metavar="N", type=kind, default=usual, help=help)
         parser.add_argument(MLC[name], metavar="N", type=kind, dest=name[2:], help=argparse.SUPPRESS)
     parser.add_argument(
+        "--penalties", action="store_true", help="in-graph: with repetition, frequency and presence penalties"
+    )
+    parser.add_argument(
         "--kernels",
         metavar="K",
         choices=("portable", "pallas"),
@@ -99,6 +102,7 @@ def _export(args: argparse.Namespace, began: float) -> None:
         args.sinks,
         args.sampler,
         args.platform,
+        args.penalties,
         args.kernels,
         args.symbolic,
     )

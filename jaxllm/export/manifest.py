@@ -52,7 +52,7 @@ def described(target: Target, job: Job, built: Built) -> dict[str, Any]:
         },
         "recipe": _recipe(model),
         "tokenizer": _tokenizer(model, job.folder),
-        "sampler": {"place": options.sampler, "defaults": dict(model.defaults)},
+        "sampler": {"place": options.sampler, "penalties": options.penalties, "defaults": dict(model.defaults)},
         **{name: getattr(options, name) for name in SIZES},
         **({"symbols": symbols(options)} if options.symbolic else {}),
         "parameters": list(built.parameters),

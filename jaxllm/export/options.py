@@ -28,6 +28,7 @@ class Options:
     sinks: int = 0  # first tokens that are never evicted (attention_sink_size)
     sampler: Literal["logits", "in-graph"] = "logits"  # what the programs give: logits, or the token drawn
     platform: str | None = None  # one of the target's; None: its first
+    penalties: bool = False  # a sampler inside can penalise tokens that were said
     kernels: Literal["portable", "pallas"] = "portable"  # jaxllm's own for the platform, inside the programs
     symbolic: tuple[str, ...] = ()  # of SYMBOLS: what is said when a program is called; `batch` rows are verified
 
@@ -39,13 +40,15 @@ class Options:
 
 def settled(options: Options, config: ModelConfig) -> Options:
     """The options with every size said, for a model. Raises ContextError for sizes that the model cannot
-    have, and ConfigError for a name that no size has."""
+    have, and ConfigError for a name that no size has, and for penalties without a sampler."""
     if options.window is not None and options.context is not None:
         raise ContextError(
             f"a window of {options.window} tokens has no context: it goes on for ever; leave one of them out"
         )
     if unknown := [name for name in options.symbolic if name not in SYMBOLS]:
         raise ConfigError(f"what may be symbolic is {' and '.join(SYMBOLS)}, not {unknown[0]!r}")
+    if options.penalties and options.sampler != "in-graph":
+        raise ConfigError("penalties in the programs want the sampler in them: give --sampler in-graph")
     context = options.context
     if options.window is None and context is None:
         context = min(config.max_len, USUAL_CONTEXT)

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxllm.export import manifest as manifests
 from jaxllm.export import target
-from jaxllm.export.program import SAMPLING
+from jaxllm.export.program import NEUTRAL, PENALTIES, SAMPLING
 from jaxllm.export.target import Runner
 from jaxllm.export.verification import Round, read
 
@@ -55,8 +55,9 @@ def _inputs(
 ) -> dict[str, np.ndarray]:
     inputs = {"tokens": tokens, "n_new": n_new}
     if manifest["sampler"]["place"] == "in-graph":
-        greedy = dict.fromkeys(SAMPLING, 0) | {"top_p": 1, "step": step}
-        inputs |= {k: np.full(len(n_new), greedy[k], dtype) for k, (dtype, _, _) in SAMPLING.items()}
+        table = SAMPLING | (PENALTIES if manifest["sampler"].get("penalties") else {})
+        greedy = NEUTRAL | {"step": step}
+        inputs |= {k: np.full(len(n_new), greedy.get(k, 0), dtype) for k, (dtype, _, _) in table.items()}
     return inputs
 
 

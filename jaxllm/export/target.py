@@ -81,6 +81,7 @@ class Target:
     build: Callable[[Job], Built]
     run: Callable[[pathlib.Path, Mapping[str, Any]], Runner]  # of a directory and its manifest
     allowed: Callable[[ModelConfig, Formats], float] = allowed  # difference of a logit, over the largest
+    penalties: bool = False  # whether a sampler inside may remember what was said, in the state
     pallas: tuple[str, ...] = ()  # platforms for which its programs can have jaxllm's kernels in them
     symbolic: tuple[str, ...] = ()  # which sizes it can leave open, of options.SYMBOLS
 
@@ -116,6 +117,8 @@ def check(target: Target, config: ModelConfig, values: Values, formats: Formats,
     if options.platform not in (target.platforms or (None,)):
         known = f"its platforms are {', '.join(target.platforms)}" if target.platforms else "it has no platforms"
         raise ConfigError(f"the target {target.name} knows no platform {options.platform!r}; {known}")
+    if options.penalties and not target.penalties:
+        raise ConfigError(f"the target {target.name} has no penalties in its sampler; leave --penalties out")
     if options.kernels != "portable" and options.platform not in target.pallas:
         where = f"on {' and '.join(target.pallas)} alone" if target.pallas else "on no platform"
         raise ConfigError(f"the target {target.name} has kernels of Pallas {where}; give --kernels portable")

@@ -448,7 +448,7 @@ class Model {
     }
     int32_t value = port.name == "n_new" ? real : port.name == "step" ? drawn : 0;
     const float one = 1;
-    if (port.name == "top_p") std::memcpy(&value, &one, 4);
+    if (port.name == "top_p" || port.name == "repetition_penalty") std::memcpy(&value, &one, 4);
     return std::vector<int32_t>(port.count(), value);
   }
 

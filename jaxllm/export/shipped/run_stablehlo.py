@@ -18,6 +18,8 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
+PENALTIES = {"repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}  # what does nothing
+NO_PENALTIES = "these programs have no penalties: export the model with --sampler in-graph --penalties"
 KINDS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"}
 KINDS |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"}
 KINDS |= {f"{sign}{bits}": f"{name}{bits}" for sign, name in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32)}
@@ -84,26 +86,35 @@ class Artifact:
         """(results, state) of "prefill" or "decode" for the manifest's inputs, by name; consumes the state."""
         return self.programs[program](self.params, state, inputs)
 
-    def inputs(self, ids, width, step, temperature, top_p, seed):
+    def inputs(self, ids, width, step, temperature, top_p, seed, **penalties):
         """What a program takes besides: the ids in every row, and a sampler's numbers if it has one inside."""
         B = 1 if "B" in self.symbols else self.manifest["batch"]
         row = np.pad(np.array(ids, np.int32), (0, width - len(ids)))
         found = {"tokens": np.tile(row, (B, 1)), "n_new": np.full(B, len(ids), np.int32)}
         if self.manifest["sampler"]["place"] == "in-graph":
-            floats = {"temperature": temperature, "top_p": top_p, "min_p": 0.0}
+            floats = {"temperature": temperature, "top_p": top_p, "min_p": 0.0} | penalties
             found |= {k: np.full(B, v, np.float32) for k, v in floats.items()} | {"top_k": np.zeros(B, np.int32)}
             found |= {"seed": np.full(B, seed, np.uint32), "step": np.full(B, step, np.int32)}
         return found
 
-    def generate(self, ids, *, temperature=0.0, top_p=1.0, seed=0):
-        """Token ids that follow the ids, while there is room. Rows of a batch are alike, the first is read."""
+    def penalties(self, asked):
+        """All of the sampler's, by name; ends here where it has none and some are asked for."""
+        if not self.manifest["sampler"].get("penalties"):
+            return {} if all(value == PENALTIES[name] for name, value in asked.items()) else sys.exit(NO_PENALTIES)
+        return PENALTIES | asked
+
+    def generate(self, ids, *, temperature=0.0, top_p=1.0, seed=0, **penalties):
+        """Token ids that follow the ids, while there is room. Rows of a batch are alike, the first is read.
+
+        repetition_penalty (1: none), frequency_penalty and presence_penalty (0), where the sampler has them."""
         chunk, room, knobs = self.manifest["chunk"], self.manifest["context"], (temperature, top_p, seed)
+        penalties = self.penalties(penalties)
         if not ids or (room and len(ids) > room):
             sys.exit(f"the prompt has {len(ids)} tokens; this export takes 1 to {room or 'any number'}")
         random, state = np.random.default_rng(seed), self.start()
         for start in range(0, len(ids), chunk):
             part = ids[start : start + chunk]
-            inputs = self.inputs(part, len(part) if "T" in self.symbols else chunk, 0, *knobs)
+            inputs = self.inputs(part, len(part) if "T" in self.symbols else chunk, 0, *knobs, **penalties)
             results, state = self.step("prefill", state, inputs)
         for step in itertools.count(1):
             inside = "token" in results
@@ -113,7 +124,7 @@ class Artifact:
             yield token
             if room and len(ids) + step > room:
                 return
-            results, state = self.step("decode", state, self.inputs([token], 1, step, *knobs))
+            results, state = self.step("decode", state, self.inputs([token], 1, step, *knobs, **penalties))
 
 
 def sample(logits, temperature, top_p, random):
@@ -133,7 +144,8 @@ def main():
     parser.add_argument("prompt", nargs="?", help="text to continue")
     parser.add_argument("--ids", help="token ids instead of text: 12,7,99; prints ids")
     parser.add_argument("--max-new-tokens", type=int, default=64)
-    for name, value in (("temperature", 0.0), ("top-p", 1.0), ("seed", 0)):
+    penalties = {name.replace("_", "-"): value for name, value in PENALTIES.items()}
+    for name, value in ({"temperature": 0.0, "top-p": 1.0, "seed": 0} | penalties).items():
         parser.add_argument(f"--{name}", type=type(value), default=value)
     args = parser.parse_args()
     if (args.prompt is None) == (args.ids is None):
@@ -146,7 +158,8 @@ def main():
         tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     ids = tokenizer.encode(args.prompt).ids if tokenizer else [int(i) for i in args.ids.split(",")]
     ends, new = (artifact.manifest["tokenizer"] or {"eos_ids": []})["eos_ids"] if tokenizer else [], []
-    for token in artifact.generate(ids, temperature=args.temperature, top_p=args.top_p, seed=args.seed):
+    knobs = {name: getattr(args, name) for name in ("temperature", "top_p", "seed", *PENALTIES)}
+    for token in artifact.generate(ids, **knobs):
         if token in ends or len(new) == args.max_new_tokens:
             break
         new.append(token)

@@ -158,6 +158,7 @@ TARGET = Target(
     refuses=refuses,
     build=build,
     run=Runner,
+    penalties=True,
     symbolic=tuple(SYMBOLS),
     pallas=("tpu",),
 )
