@@ -92,7 +92,7 @@ BOTH = ("batch", "length")
 OPEN = {
     "batch": ("moe", None, replace(SMALL, symbolic=("batch",), batch=2)),
     "length": ("window", "int8", replace(SMALL, symbolic=("length",))),
-    "both": ("recurrent", None, replace(SMALL, symbolic=BOTH, sampler="in-graph", platform="tpu")),
+    "both": ("recurrent", None, replace(SMALL, symbolic=BOTH, sampler="in-graph", penalties=True, platform="tpu")),
 }
 
 

@@ -283,6 +283,7 @@ class Device {
 
  private:
   void wait(PJRT_Event* event) const {
+    if (!event) return;  // a plugin that has finished at once
     ARGUMENTS(args, Event_Await);
     args.event = event;
     CALL(Event_Await, args);

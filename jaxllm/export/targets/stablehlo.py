@@ -72,12 +72,12 @@ def _written(program: Program, job: Job) -> dict[str, str]:
     made = exported(program, job.options.platform, pallas=pallas)
     forms = {"jax_export": made.serialize}
     if pallas:
-        forms["interpreted"] = interpreted(program, job.options.platform).serialize
         if KERNEL not in made.mlir_module():
             raise ConfigError(
                 f"no kernel takes anything of this model's {program.name}: they are for packed weights, experts "
                 "and attention in float32 and bfloat16; give --dtype bfloat16, or --kernels portable"
             )
+        forms["interpreted"] = interpreted(program, job.options.platform).serialize
     if not job.options.symbolic:  # else its shapes are JAX's to work out, when the function is called
         forms["stablehlo"] = lambda: portable(made)
     names = {form: f"{program.name}.{form}" for form in forms}
