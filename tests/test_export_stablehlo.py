@@ -157,9 +157,11 @@ def test_symbols_are_refused_where_they_cannot_be(tmp_path, monkeypatch):
 def test_the_command_takes_symbols(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(build, "export", lambda *args, options, **more: asked.append(options) or exit())
+    more = ["--symbolic", "batch,length", "--sampler", "penalties"]
     with pytest.raises(SystemExit):
-        cli.main(["export", "x", "--target", "stablehlo", "--out", str(tmp_path), "--symbolic", "batch,length"])
+        cli.main(["export", "x", "--target", "stablehlo", "--out", str(tmp_path), *more])
     assert asked[0].symbolic == ("batch", "length")
+    assert (asked[0].sampler, asked[0].penalties) == ("in-graph", True)
 
 
 # ---- kernels of Pallas inside -------------------------------------------------------------------------------
@@ -245,7 +247,7 @@ def test_a_sampler_inside_penalises_what_was_said(tmp_path):
 
 
 def test_penalties_are_refused_where_they_cannot_be(tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match="give --sampler in-graph"):
+    with pytest.raises(ConfigError, match="want the sampler in them"):
         build.export(model_of(), "stablehlo", tmp_path / "out", options=replace(SMALL, penalties=True))
     with pytest.raises(ConfigError, match="the target iree has no penalties in its sampler"):
         target.check(target.find("iree"), model_of().config, {}, {}, Options(platform="host", penalties=True))

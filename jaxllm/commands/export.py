@@ -39,9 +39,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(name, metavar="N", type=kind, default=usual, help=help)
         parser.add_argument(MLC[name], metavar="N", type=kind, dest=name[2:], help=argparse.SUPPRESS)
     parser.add_argument(
-        "--penalties", action="store_true", help="in-graph: with repetition, frequency and presence penalties"
-    )
-    parser.add_argument(
         "--kernels",
         metavar="K",
         choices=("portable", "pallas"),
@@ -53,15 +50,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZES",
         type=lambda text: tuple(text.split(",")),
         default=(),
-        help="batch, length or batch,length: sizes that are said when a program is called",
+        help="sizes that callers say: batch, length or batch,length",
     )
     parser.add_argument("--batch", metavar="B", type=common.whole, default=1, help="rows (default: 1)")
     parser.add_argument(
         "--sampler",
         metavar="S",
-        choices=("logits", "in-graph"),
+        choices=("logits", "in-graph", "penalties"),
         default="logits",
-        help="logits, or in-graph: a token",
+        help="logits; in-graph: a token; penalties: one by penalties, too",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object")
 
@@ -100,9 +97,9 @@ def _export(args: argparse.Namespace, began: float) -> None:
         args.batch,
         args.window,
         args.sinks,
-        args.sampler,
+        "in-graph" if args.sampler == "penalties" else args.sampler,
         args.platform,
-        args.penalties,
+        args.sampler == "penalties",
         args.kernels,
         args.symbolic,
     )

@@ -48,7 +48,7 @@ def settled(options: Options, config: ModelConfig) -> Options:
     if unknown := [name for name in options.symbolic if name not in SYMBOLS]:
         raise ConfigError(f"what may be symbolic is {' and '.join(SYMBOLS)}, not {unknown[0]!r}")
     if options.penalties and options.sampler != "in-graph":
-        raise ConfigError("penalties in the programs want the sampler in them: give --sampler in-graph")
+        raise ConfigError("penalties in the programs want the sampler in them; give sampler='in-graph'")
     context = options.context
     if options.window is None and context is None:
         context = min(config.max_len, USUAL_CONTEXT)

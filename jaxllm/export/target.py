@@ -118,7 +118,7 @@ def check(target: Target, config: ModelConfig, values: Values, formats: Formats,
         known = f"its platforms are {', '.join(target.platforms)}" if target.platforms else "it has no platforms"
         raise ConfigError(f"the target {target.name} knows no platform {options.platform!r}; {known}")
     if options.penalties and not target.penalties:
-        raise ConfigError(f"the target {target.name} has no penalties in its sampler; leave --penalties out")
+        raise ConfigError(f"the target {target.name} has no penalties in its sampler; give --sampler in-graph")
     if options.kernels != "portable" and options.platform not in target.pallas:
         where = f"on {' and '.join(target.pallas)} alone" if target.pallas else "on no platform"
         raise ConfigError(f"the target {target.name} has kernels of Pallas {where}; give --kernels portable")

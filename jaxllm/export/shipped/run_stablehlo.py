@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 PENALTIES = {"repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}  # what does nothing
-NO_PENALTIES = "these programs have no penalties: export the model with --sampler in-graph --penalties"
+NO_PENALTIES = "these programs have no penalties: export the model with --sampler penalties"
 KINDS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"}
 KINDS |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"}
 KINDS |= {f"{sign}{bits}": f"{name}{bits}" for sign, name in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32)}
