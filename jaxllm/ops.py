@@ -38,16 +38,21 @@ BLOCK_ROWS = 32  # rows of one expert multiplied at a time (CPU)
 ATTENTION = "b t k g _, b k _ _, b k _ _, b t _, k g, b k t g _, k g -> b t k g _"
 
 
-def portable(*, plain: bool = False) -> AbstractContextManager[None]:
+def portable(*, plain: bool = False, pallas: bool = False) -> AbstractContextManager[None]:
     """Within it, programs are traced without kernels of any platform: for export to machines without them.
 
-    plain: and without scatters, sorts and loops, which small runtimes lack or take slowly."""
-    return _PORTABLE("plain" if plain else True)
+    plain: and without scatters, sorts and loops, which small runtimes lack or take slowly. pallas: but with those
+    that `kernels.compiled_for` or `kernels.interpreted_for` asks for, whose code is part of the program."""
+    return _PORTABLE("plain" if plain else "pallas" if pallas else True)
 
 
 def plain() -> bool:
     """Whether `portable(plain=True)` holds."""
     return _PORTABLE.value == "plain"
+
+
+def _without_kernels() -> bool:
+    return _PORTABLE.value not in (False, "pallas")
 
 
 def named() -> AbstractContextManager[None]:
@@ -106,7 +111,7 @@ def _xla_product(x: Array, w: Array, out: jnp.dtype) -> Array:
 def _packed_product(x: Array, q: QTensor, out: jnp.dtype) -> Array:
     if q.order is not None:
         x, q = x[:, q.order], replace(q, order=None)
-    return products.matmul(x, q).astype(out) if _PORTABLE.value else _packed(x, q, out)
+    return products.matmul(x, q).astype(out) if _without_kernels() else _packed(x, q, out)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -125,7 +130,7 @@ def _packed_jvp(out, primals, tangents):
 def _packed_piece(x: Array, q: QTensor, *, out: jnp.dtype, platforms: tuple[str, ...]) -> Array:
     q = replace(q, columns=x.shape[1])
     by_platform = {p: lambda x, q, f=f: f(x, q).astype(out) for p, f in kernels.matmul(x, q, platforms).items()}
-    if packed.refuses(x, q) is None:
+    if _refused(packed.refuses(x, q)) is None:
         by_platform["cpu"] = functools.partial(packed.matmul, out=out)
     return _by_platform(by_platform, lambda x, q: products.matmul(x, q).astype(out), x, q)
 
@@ -277,7 +282,7 @@ def grouped_matmul(x: Array, w: Array | QTensor, expert: Array) -> Array:
 
 @jax.custom_jvp
 def _grouped(x: Array, w: Array | QTensor, expert: Array) -> Array:
-    if _PORTABLE.value:  # `ragged_dot` is no operation of StableHLO, and XLA for CPU has none
+    if _without_kernels():  # `ragged_dot` is no operation of StableHLO, and XLA for CPU has none
         return (_xla_packed_grouped if isinstance(w, QTensor) else _grouped_cpu)(x, w, expert)
     piece = functools.partial(_grouped_piece, platforms=kernels.platforms())
     whole = lambda x, w, expert, ids: piece(x, w, expert)
@@ -296,10 +301,10 @@ def _grouped_jvp(primals, tangents):
 
 def _grouped_piece(x: Array, w: Array | QTensor, expert: Array, platforms: tuple[str, ...]) -> Array:
     if not isinstance(w, QTensor):
-        by_platform, definition = {"cpu": _grouped_cpu}, _ragged
+        by_platform, definition = {"cpu": _grouped_cpu}, _grouped_cpu if _PORTABLE.value else _ragged
     else:
         w, by_platform, definition = replace(w, columns=x.shape[1]), {}, _xla_packed_grouped
-        if w.order is None and packed.refuses(x, w) is None:
+        if w.order is None and _refused(packed.refuses(x, w)) is None:
             by_platform["cpu"] = packed.grouped
     return _by_platform(by_platform | kernels.grouped_matmul(x, w, platforms), definition, x, w, expert)
 
@@ -321,7 +326,7 @@ def _ragged(x: Array, w: Array, expert: Array) -> Array:
 
 
 def _grouped_cpu(x: Array, w: Array, expert: Array) -> Array:
-    if x.shape[0] <= FEW_ROWS:
+    if isinstance(x.shape[0], int) and x.shape[0] <= FEW_ROWS:  # a symbolic number may be large
         return jnp.einsum("ri,roi->ro", x, w[expert], preferred_element_type=jnp.float32)
     return _grouped_blocks(x, w, expert)
 
@@ -339,7 +344,7 @@ def _grouped_blocks(x: Array, w: Array, expert: Array) -> Array:
         weight = lax.dynamic_index_in_dim(w, owner[i], keepdims=False)
         return lax.dynamic_update_slice_in_dim(y, _dot(block, weight), i * M, 0)
 
-    y = jnp.zeros((len(blocks) * M, w.shape[1]), jnp.float32)
+    y = jnp.zeros((blocks.shape[0] * M, w.shape[1]), jnp.float32)
     return lax.fori_loop(0, used, one, y)[place]
 
 
@@ -454,7 +459,7 @@ def attend(
 
 def _attention_kernels(q, k, v, bias: Array | None, numbers: dict) -> dict[str, Callable]:
     """By platform, with the arguments of `_attend` that are arrays."""
-    found = {} if _PORTABLE.value else kernels.attend(q, k, v, bias, kernels.platforms(), **numbers)
+    found = {} if _without_kernels() else kernels.attend(q, k, v, bias, kernels.platforms(), **numbers)
     if _held(k) == _held(v) and not _refused(native.refuses_attend(q, k, v)):
         found["cpu"] = functools.partial(_native_attend, **numbers)
     return {platform: split(f, ATTENTION) for platform, f in found.items()}

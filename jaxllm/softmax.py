@@ -81,6 +81,8 @@ def attend(
 
     The other arguments as in `attention_weights`. Queries go in blocks, so that scores stay small."""
     k, v, (B, T, K, G, _) = expanded(k), expanded(v), q.shape
+    if not isinstance(B * T, int):  # symbolic, for export: how many blocks is not known
+        return _attend_block(q, k, v, mask, sinks, scoring)
     blocks = min(MOST_BLOCKS, -(-B * T * K * G * k.shape[2] // BLOCK_SCORES))
     size = -(-T // blocks)
     parts = [

@@ -9,15 +9,21 @@ import os
 from functools import partial
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import jaxllm
 from jaxllm import kernels, ops
+from jaxllm.export import build
+from jaxllm.export.options import Options
 from jaxllm.kernels import attention, dense, grouped
+from jaxllm.model import Model
 from jaxllm.quant import encode, named
+from tests import random_model
 
 CUDA = next(
     (f"jax_plugins.xla_cuda{n}" for n in (12, 13) if importlib.util.find_spec(f"jax_cuda{n}_plugin")),
@@ -136,6 +142,25 @@ def test_attention(target, shape):
         compiled(target, attention, capped, *args, array(K, G, dtype=jnp.float32))
     else:
         compiled(target, attention, partial(ops.attend, scale=0.1), *args)
+
+
+@pytest.mark.parametrize(("name", "format", "calls"), [("full", "int8", 9), ("moe", "int4_g32", 20)])
+def test_an_exported_model_has_its_kernels_inside(target, name, format, calls, tmp_path):
+    """libtpu compiles what is in the directory, and the kernels say, interpreted, what the live model says."""
+    if target[1].mesh.devices.flat[0].device_kind != "TPU v5 lite":
+        pytest.skip("exports are compiled for v5e alone")
+    config = random_model.CONFIGS[name]
+    model = jaxllm.quantize(Model(config, random_model.params(config), name=name), format)
+    options = Options(context=64, chunk=8, platform="tpu", kernels="pallas")
+    export = build.export(model, "stablehlo", tmp_path / "out", options=options)
+    record = export.manifest["verification"]
+    assert record["verified"] == "compiled"
+    assert record["where"].startswith("TPU v5 lite's compiler; its kernels interpreted by XLA on cpu")
+    assert record["tokens_equal"] == record["tokens"]
+    assert record["max_difference"] <= record["allowed"] <= 1e-4 * record["largest_logit"]
+    for program in ("prefill", "decode"):
+        made = jax.export.deserialize(bytearray((export.folder / f"{program}.jax_export").read_bytes()))
+        assert made.mlir_module().count("tpu_custom_call") == calls
 
 
 @pytest.mark.parametrize(("name", "rows"), EXPERTS, ids=str)

@@ -83,8 +83,8 @@ MAY_IMPORT = {
     "random_weights": "arena checkpoint config model progress quant",
     "startup": "decode errors jaxllm programs",
     "bench": "checkpoint config decode errors model native ops prompts quant startup state",
-    "export": "checkpoint config decode errors files jaxllm layers model ops progress prompts quant sampling"
-    " state tokenizer",
+    "export": "checkpoint config decode errors files jaxllm kernels layers model ops progress prompts quant"
+    " sampling state tokenizer",
     "calibration": "arena checkpoint config errors layers model progress prompts quant state taps",
     "jaxllm": "config layers model quant state taps",
 }

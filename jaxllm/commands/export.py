@@ -38,13 +38,27 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     ):
         parser.add_argument(name, metavar="N", type=kind, default=usual, help=help)
         parser.add_argument(MLC[name], metavar="N", type=kind, dest=name[2:], help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--kernels",
+        metavar="K",
+        choices=("portable", "pallas"),
+        default="portable",
+        help="pallas: jaxllm's own for the platform, inside the programs",
+    )
+    parser.add_argument(
+        "--symbolic",
+        metavar="SIZES",
+        type=lambda text: tuple(text.split(",")),
+        default=(),
+        help="sizes that callers say: batch, length or batch,length",
+    )
     parser.add_argument("--batch", metavar="B", type=common.whole, default=1, help="rows (default: 1)")
     parser.add_argument(
         "--sampler",
         metavar="S",
-        choices=("logits", "in-graph"),
+        choices=("logits", "in-graph", "penalties"),
         default="logits",
-        help="logits, or in-graph: a token",
+        help="logits; in-graph: a token; penalties: one by penalties, too",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object")
 
@@ -78,7 +92,16 @@ def _export(args: argparse.Namespace, began: float) -> None:
     if not args.source or not args.target or not args.out:
         args.fail("give a MODEL, --target and --out, or verify DIR, or --target list")
     options = Options(
-        args.context, args.chunk or Options.chunk, args.batch, args.window, args.sinks, args.sampler, args.platform
+        args.context,
+        args.chunk or Options.chunk,
+        args.batch,
+        args.window,
+        args.sinks,
+        "in-graph" if args.sampler == "penalties" else args.sampler,
+        args.platform,
+        args.sampler == "penalties",
+        args.kernels,
+        args.symbolic,
     )
     made = export(args.source, args.target, args.out, format=args.format, dtype=args.dtype, options=options)
     seconds, record = time.monotonic() - began, made.manifest["verification"]

@@ -12,6 +12,7 @@ from jaxllm import __version__, config_json
 from jaxllm.checkpoint.canonical import flatten
 from jaxllm.errors import CheckpointError
 from jaxllm.export.options import SIZES
+from jaxllm.export.program import symbols
 from jaxllm.export.schema import problems, schema
 from jaxllm.export.target import Built, Formats, Job, Target
 from jaxllm.files import read_object
@@ -51,8 +52,9 @@ def described(target: Target, job: Job, built: Built) -> dict[str, Any]:
         },
         "recipe": _recipe(model),
         "tokenizer": _tokenizer(model, job.folder),
-        "sampler": {"place": options.sampler, "defaults": dict(model.defaults)},
+        "sampler": {"place": options.sampler, "penalties": options.penalties, "defaults": dict(model.defaults)},
         **{name: getattr(options, name) for name in SIZES},
+        **({"symbols": symbols(options)} if options.symbolic else {}),
         "parameters": list(built.parameters),
         "programs": {
             program.name: {

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxllm.export import manifest as manifests
 from jaxllm.export import target
-from jaxllm.export.program import SAMPLING
+from jaxllm.export.program import NEUTRAL, PENALTIES, SAMPLING
 from jaxllm.export.target import Runner
 from jaxllm.export.verification import Round, read
 
@@ -34,10 +34,12 @@ def main(folder: str, name: str, questions: str, answers: str) -> None:
 
 def said(runner: Runner, manifest: Mapping[str, Any], asked: Round) -> Iterator[dict[str, np.ndarray]]:
     """Results after the prompts, and after each of the round's tokens but the last."""
-    chunk, B, state, newest = manifest["chunk"], manifest["batch"], runner.start(), None
+    chunk, B, newest = manifest["chunk"], len(asked.prompts), None
+    symbols = manifest.get("symbols", {})
+    state = runner.start(B) if "B" in symbols else runner.start()
     for start in range(0, int(asked.lengths.max()), chunk):
         part = asked.prompts[:, start : start + chunk]
-        tokens = np.pad(part, ((0, 0), (0, chunk - part.shape[1])))
+        tokens = part if "T" in symbols else np.pad(part, ((0, 0), (0, chunk - part.shape[1])))
         n_new = np.clip(asked.lengths - start, 0, chunk).astype(np.int32)
         found, state = runner.step("prefill", state, _inputs(manifest, tokens, n_new, 0))
         newest = found if newest is None else _merged(n_new, found, newest)
@@ -53,8 +55,9 @@ def _inputs(
 ) -> dict[str, np.ndarray]:
     inputs = {"tokens": tokens, "n_new": n_new}
     if manifest["sampler"]["place"] == "in-graph":
-        greedy = dict.fromkeys(SAMPLING, 0) | {"top_p": 1, "step": step}
-        inputs |= {k: np.full(len(n_new), greedy[k], dtype) for k, (dtype, _, _) in SAMPLING.items()}
+        table = SAMPLING | (PENALTIES if manifest["sampler"].get("penalties") else {})
+        greedy = NEUTRAL | {"step": step}
+        inputs |= {k: np.full(len(n_new), greedy.get(k, 0), dtype) for k, (dtype, _, _) in table.items()}
     return inputs
 
 

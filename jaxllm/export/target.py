@@ -62,7 +62,7 @@ class Runner(Protocol):
     where: str  # by what, in words
 
     def start(self) -> Any:
-        """An empty state; None where the artifact keeps it inside."""
+        """An empty state; None where the artifact keeps it inside. Where the batch is symbolic: start(rows)."""
 
     def step(self, program: str, state: Any, inputs: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], Any]:
         """(results, state) of "prefill" or "decode"; inputs and results are the manifest's, by name."""
@@ -81,6 +81,9 @@ class Target:
     build: Callable[[Job], Built]
     run: Callable[[pathlib.Path, Mapping[str, Any]], Runner]  # of a directory and its manifest
     allowed: Callable[[ModelConfig, Formats], float] = allowed  # difference of a logit, over the largest
+    penalties: bool = False  # whether a sampler inside may remember what was said, in the state
+    pallas: tuple[str, ...] = ()  # platforms for which its programs can have jaxllm's kernels in them
+    symbolic: tuple[str, ...] = ()  # which sizes it can leave open, of options.SYMBOLS
 
     def missing(self) -> str | None:
         """Which modules are not installed, with the command that brings them."""
@@ -114,6 +117,13 @@ def check(target: Target, config: ModelConfig, values: Values, formats: Formats,
     if options.platform not in (target.platforms or (None,)):
         known = f"its platforms are {', '.join(target.platforms)}" if target.platforms else "it has no platforms"
         raise ConfigError(f"the target {target.name} knows no platform {options.platform!r}; {known}")
+    if options.penalties and not target.penalties:
+        raise ConfigError(f"the target {target.name} has no penalties in its sampler; give --sampler in-graph")
+    if options.kernels != "portable" and options.platform not in target.pallas:
+        where = f"on {' and '.join(target.pallas)} alone" if target.pallas else "on no platform"
+        raise ConfigError(f"the target {target.name} has kernels of Pallas {where}; give --kernels portable")
+    if fixed := [name for name in options.symbolic if name not in target.symbolic]:
+        raise ConfigError(f"the target {target.name} wants its {fixed[0]} said; leave it out of what is symbolic")
     if reason := target.refuses(config, values, formats, options):
         raise ConfigError(f"the target {target.name} cannot take this model: {reason}")
     if reason := target.missing():

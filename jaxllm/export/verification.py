@@ -77,14 +77,17 @@ def reference(model: Model, options: Options, allowed: float) -> Reference:
 
 
 def _prompts(model: Model, options: Options) -> list[list[list[int]]]:
-    """Rows of each round: some longer than a chunk, or than a window, and some shorter; no two of one length."""
+    """Rows of each round: some longer than a chunk, or than a window, and some shorter; no two of one length. The
+    second round has a row more where their number is symbolic."""
     room = (options.context or options.window + LONGEST) - STEPS
     wanted = options.chunk + options.chunk // 2 + 1
     if options.window:
         wanted = max(wanted, min(options.window + 8, LONGEST))
     long, short = min(wanted, room), min(5, room)
+    more = "batch" in options.symbolic
     return [
-        [_text(model, row, max(1, length - 3 * row)) for row in range(options.batch)] for length in (long, short)
+        [_text(model, row, max(1, length - 3 * row)) for row in range(rows)]
+        for length, rows in ((long, options.batch), (short, options.batch + more))
     ]
 
 
@@ -110,7 +113,7 @@ def _step(config, params, state, tokens):
 
 def _greedy(model: Model, rows: list[list[int]], options: Options, steps: int) -> np.ndarray:
     """f32 [N, B, V]: logits after the prompts, and after each of `steps` greedy tokens."""
-    state, last = prefill(model, rows, options.state(model.config))
+    state, last = prefill(model, rows, replace(options, batch=len(rows)).state(model.config))
     found = [_logits(model.config, model.params, last)]
     for _ in range(steps):
         token = np.argmax(np.asarray(found[-1]), -1).astype(np.int32)

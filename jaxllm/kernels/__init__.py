@@ -16,8 +16,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import ModuleType
 
 import jax
@@ -33,6 +33,7 @@ Array = jax.Array
 BODIES = {"tpu": ("tpu",), "cuda": ("cuda",), "hopper": ("hopper", "cuda")}
 LOWERED = {"tpu": "tpu", "cuda": "cuda", "hopper": "cuda"}
 _WANTED = jax.make_user_context(())  # part of the key of every jitted program
+_INTERPRETED = jax.make_user_context(False)
 
 
 def compiled_for(*platforms: str) -> AbstractContextManager[None]:
@@ -46,6 +47,14 @@ def compiled_for(*platforms: str) -> AbstractContextManager[None]:
     if unknown := [name for name in platforms if name not in BODIES]:
         raise JaxllmError(f"kernels exist for {', '.join(BODIES)}, not for {unknown[0]!r}")
     return _WANTED(tuple(platforms))
+
+
+@contextmanager
+def interpreted_for(platform: str) -> Iterator[None]:
+    """Within it, programs for CPU are traced with the kernels of "tpu" or "cuda", interpreted: slow, and the same
+    arithmetic in the same order."""
+    with compiled_for(platform), _INTERPRETED(True):
+        yield
 
 
 def unavailable() -> str | None:
@@ -159,7 +168,9 @@ def _taking(name: str, call: str, platforms: tuple[str, ...], *args: Array | QTe
     found = {}
     for body in reversed(_bodies(platforms)):  # without a platform nothing is imported
         if not _module(name).refuses(*args, body):
-            found[LOWERED[body]] = functools.partial(getattr(_module(name), call), platform=body)
+            how = {"interpret": True} if _INTERPRETED.value else {}
+            place = "cpu" if _INTERPRETED.value else LOWERED[body]
+            found[place] = functools.partial(getattr(_module(name), call), platform=body, **how)
     return found
 
 

@@ -99,7 +99,7 @@ def grouped_matmul(x: Array, q: QTensor, expert: Array, *, few: int, size: int) 
 
     Up to `few` rows go one by one, more of them in blocks of `size` rows with one expert each.
     """
-    if x.shape[0] <= few:
+    if isinstance(x.shape[0], int) and x.shape[0] <= few:  # a symbolic number may be large
         one = jax.checkpoint(lambda row: matmul(row[0][None], select(q, row[1]))[0])
         return lax.map(one, (x, expert))
     return _in_blocks(x, q, expert, size)
@@ -115,7 +115,7 @@ def _in_blocks(x: Array, q: QTensor, expert: Array, size: int) -> Array:
         empty = jnp.zeros((size, N), jnp.float32)
         return lax.cond(used, lambda: matmul(rows_, select(q, owner)), lambda: empty)
 
-    y = lax.map(one, (blocks, owner, jnp.arange(len(blocks)) < used))
+    y = lax.map(one, (blocks, owner, jnp.arange(blocks.shape[0]) < used))
     return y.reshape(-1, N)[place]
 
 
@@ -128,8 +128,8 @@ def expert_blocks(x: Array, expert: Array, *, experts: int, size: int) -> tuple[
     counts = jnp.bincount(expert, length=experts)
     padded = -(-counts // size) * size
     ends = jnp.cumsum(padded)
-    place = (ends - padded)[expert] + jnp.arange(len(x)) - (jnp.cumsum(counts) - counts)[expert]
-    n = -(-len(x) // size) + experts
+    place = (ends - padded)[expert] + jnp.arange(x.shape[0]) - (jnp.cumsum(counts) - counts)[expert]
+    n = -(-x.shape[0] // size) + experts
     owner = jnp.searchsorted(ends, jnp.arange(n) * size, side="right")
     rows_ = jnp.zeros((n * size, x.shape[1]), x.dtype).at[place].set(x, unique_indices=True)
     return rows_.reshape(n, size, -1), jnp.minimum(owner, experts - 1), ends[-1] // size, place
