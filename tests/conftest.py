@@ -3,12 +3,12 @@
 import importlib.metadata
 import os
 import pathlib
+import shutil
+import tempfile
 
 import pytest
 
-from jaxllm import native
-from tests.parity import HEAD, row
-
+# JAX reads its settings as it is imported.
 os.environ.setdefault("JAXLLM_CACHE", "off")  # tests neither read nor leave compiled programs in the user's cache
 
 # Most of the time goes into compiling tiny programs, which these two halve; they change results by rounding alone.
@@ -17,13 +17,27 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # XLA aborts at unknown flags, and later ones lack it
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
+import jax
+
+from jaxllm import native
+from tests.parity import HEAD, row
+
+
+def pytest_configure(config):
+    """Tiny programs come again in other modules and processes: a run keeps what it compiles."""
+    folder = os.environ.get("JAXLLM_TEST_PROGRAMS")  # of several runs, or of the process that started this one
+    if not folder:
+        folder = os.environ["JAXLLM_TEST_PROGRAMS"] = tempfile.mkdtemp(prefix="jaxllm-test-programs-")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
 
 @pytest.fixture(autouse=True, scope="module")
 def few_programs():
     """Compiled programs map memory, and a process may map only so much (65530 places on Linux)."""
     yield
-    import jax
-
     jax.clear_caches()
 
 

@@ -91,8 +91,12 @@ def test_tiles_of_bytes(product, kind, low, high, width, rows, depth):
     np.testing.assert_array_equal(got[:rows, :width], (want % 2**32).astype(np.uint32))
 
 
+@pytest.mark.long
 def test_the_kernels_on_tiles_in_software(compiler, tmp_path):
-    """The tests of the kernels that need AMX, on a library that has it in software."""
+    """The tests of the kernels that need AMX, on a library that has it in software.
+
+    tools/check_kernels.sh, a part of CI, runs the same on a library that checks its memory as well.
+    """
     if native.unavailable() or native.LEVELS.index(native.level()) < native.LEVELS.index("avx512"):
         pytest.skip("tiles in software go with AVX-512 and BF16")
     library = build.build(tmp_path / "soft.so", soft_tiles=True)

@@ -21,8 +21,9 @@ done
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 "$python" -m jaxllm.native.build --sanitize --soft-tiles --to "$folder/checked.so"
-# Derivatives go through the definition. What a check says goes past pytest, as the process ends there.
+# Derivatives go through the definition. What a check says goes past pytest, as the process ends there: pytest names
+# the test whose worker was lost.
 LD_PRELOAD=$runtimes \
     ASAN_OPTIONS=detect_leaks=0:max_malloc_fill_size=1073741824:malloc_fill_byte=255 \
     JAXLLM_NATIVE_LIBRARY=$folder/checked.so \
-    "$python" -m pytest --capture=sys -k "not (differentiated or tiles or test_native_alone)" tests/test_native*.py
+    "$python" -m pytest -n 2 --capture=sys -k "not (differentiated or tiles or test_native_alone)" tests/test_native*.py
