@@ -1,10 +1,17 @@
 // Token ids that follow token ids, greedily, with the exported model in this folder and IREE's runtime.
 //
-//   cc -std=c11 -O2 run_iree.c -o run_iree -I$IREE/runtime/src -I$BUILD/runtime/src -L$BUILD/... (see docs/export_iree.md)
+//   add_subdirectory(iree EXCLUDE_FROM_ALL)  # IREE's sources, with -DIREE_BUILD_COMPILER=OFF
+//   add_executable(run_iree run_iree.c)
+//   target_link_libraries(run_iree iree::runtime iree::modules::io::parameters iree::io::parameter_index_provider
+//                         iree::io::formats::parser_registry)
+//
 //   ./run_iree local-task model.vmfb model.irpa CHUNK COUNT 12 7 99
 //
-// CHUNK is `chunk` of manifest.json, whose `batch` is 1 and whose sampler is outside. The arguments of a function
-// are the ports of role "input", in the manifest's order: n_new, tokens.
+// iree_runtime_unified lacks the other three, and IREE warns of mixing it with other targets. A compiler called
+// without CMake needs -DIREE_ALLOCATOR_SYSTEM_CTL=iree_allocator_libc_ctl.
+//
+// CHUNK is `chunk` of manifest.json, whose `batch` is 1 and whose sampler is outside; the ids and COUNT together fit
+// in its `context`. The arguments of a function are the ports of role "input", in the manifest's order: n_new, tokens.
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -50,8 +57,9 @@ static iree_status_t push(iree_runtime_session_t* session, iree_runtime_call_t* 
                           const iree_hal_dim_t* shape, const int32_t* data) {
   iree_host_size_t count = 1;
   for (iree_host_size_t i = 0; i < rank; ++i) count *= (iree_host_size_t)shape[i];
-  iree_hal_buffer_params_t params = {
-      .usage = IREE_HAL_BUFFER_USAGE_DEFAULT, .access = IREE_HAL_MEMORY_ACCESS_ALL, .type = IREE_HAL_MEMORY_TYPE_DEVICE_LOCAL};
+  iree_hal_buffer_params_t params = {.usage = IREE_HAL_BUFFER_USAGE_DEFAULT,
+                                     .access = IREE_HAL_MEMORY_ACCESS_ALL,
+                                     .type = IREE_HAL_MEMORY_TYPE_DEVICE_LOCAL};
   iree_hal_buffer_view_t* view = NULL;
   IREE_RETURN_IF_ERROR(iree_hal_buffer_view_allocate_buffer_copy(
       iree_runtime_session_device(session), iree_runtime_session_device_allocator(session), rank, shape,
@@ -70,9 +78,11 @@ static iree_status_t best_of(iree_runtime_session_t* session, iree_hal_buffer_vi
   iree_status_t status = iree_hal_device_transfer_d2h(
       iree_runtime_session_device(session), iree_hal_buffer_view_buffer(logits), 0, scores, size,
       IREE_HAL_TRANSFER_BUFFER_FLAG_DEFAULT, iree_infinite_timeout());
-  *token = 0;
-  for (iree_device_size_t i = 1; i < size / sizeof(float); ++i) {
-    if (scores[i] > scores[*token]) *token = (int32_t)i;
+  if (iree_status_is_ok(status)) {
+    *token = 0;
+    for (iree_device_size_t i = 1; i < size / sizeof(float); ++i) {
+      if (scores[i] > scores[*token]) *token = (int32_t)i;
+    }
   }
   free(scores);
   return status;
@@ -127,8 +137,9 @@ static iree_status_t generate(iree_runtime_session_t* session, int32_t chunk, in
 }
 
 int main(int argc, char** argv) {
-  if (argc < 7) {
-    fprintf(stderr, "usage: %s DRIVER VMFB IRPA CHUNK COUNT ID...\n", argv[0]);
+  int32_t chunk = argc < 7 ? 0 : (int32_t)atoi(argv[4]);
+  if (chunk < 1) {
+    fprintf(stderr, "usage: %s DRIVER VMFB IRPA CHUNK COUNT ID...  (CHUNK is `chunk` of manifest.json)\n", argv[0]);
     return 2;
   }
   int32_t count = argc - 6, *ids = (int32_t*)malloc((size_t)count * sizeof(int32_t));
@@ -155,7 +166,7 @@ int main(int argc, char** argv) {
     status = iree_runtime_session_append_bytecode_module_from_file(session, argv[2]);
   }
   if (iree_status_is_ok(status)) {
-    status = generate(session, (int32_t)atoi(argv[4]), (int32_t)atoi(argv[5]), count, ids);
+    status = generate(session, chunk, (int32_t)atoi(argv[5]), count, ids);
   }
   int failed = !iree_status_is_ok(status);
   if (failed) {
