@@ -29,10 +29,13 @@ from formats import held_out
 import jaxllm
 from jaxllm import decode, ops, sampling
 from jaxllm.draft_grow import parents_of
+from jaxllm.draft_head import DraftHead
 from jaxllm.draft_lookahead import Lookahead
+from jaxllm.draft_medusa import load_medusa
 from jaxllm.draft_model import DraftModel, early_exit
 from jaxllm.draft_ngram import NGram
 from jaxllm.generation import Generation
+from jaxllm.head_files import load_eagle
 from jaxllm.model import Model, bundled
 from jaxllm.programs import keep_programs
 from jaxllm.quant import quantize_model
@@ -74,20 +77,22 @@ def drafters(target: Model, draft: Model) -> dict[str, Any]:
 
 def heads(target: Model, widths: Sequence[int] = (3, 2, 1)) -> dict[str, Any]:
     """Drafters of the heads that ship with the bundled target."""
-    found, folder = {}, bundled().parent
-    if (folder / "medusa").is_dir():
-        from jaxllm.draft_medusa import load_medusa
+    return {
+        "Medusa, its tree": load_medusa(bundled("medusa"), target),
+        f"Medusa, tree {widths}": medusa_like(target, widths),
+        "EAGLE, grown tree": DraftHead(load_eagle(bundled("eagle"), target)),
+        f"EAGLE, tree {widths}": eagle_like(target, widths),
+    }
 
-        found["Medusa, its tree"] = load_medusa(folder / "medusa", target)
-        found[f"Medusa, tree {widths}"] = load_medusa(folder / "medusa", target, choices=choices_of(widths))
-    if (folder / "eagle").is_dir():
-        from jaxllm.draft_head import DraftHead
-        from jaxllm.head_files import load_eagle
 
-        head = load_eagle(folder / "eagle", target)
-        found["EAGLE, grown tree"] = DraftHead(head)
-        found[f"EAGLE, tree {widths}"] = DraftHead(head, tuple(widths))
-    return found
+def medusa_like(target: Model, widths: Sequence[int]) -> Any:
+    """The bundled Medusa heads with a tree of these widths."""
+    return load_medusa(bundled("medusa"), target, choices=choices_of(widths))
+
+
+def eagle_like(target: Model, widths: Sequence[int]) -> DraftHead:
+    """The bundled EAGLE head with a tree of these widths."""
+    return DraftHead(load_eagle(bundled("eagle"), target), tuple(widths))
 
 
 def choices_of(widths: Sequence[int]) -> tuple[tuple[int, ...], ...]:
@@ -376,7 +381,6 @@ def candidates(
     target: Model, own: Model, small: Model, args: argparse.Namespace
 ) -> Iterable[tuple[str, Any, Any]]:
     """(name, the drafter whose cost counts, the drafter of the bundled target whose record counts)."""
-    shipped = bundled().parent
     if wanted(args, "draft"):
         config = described(shape(args.draft_shape))
         model = random_model(config, format=args.format)
@@ -387,22 +391,12 @@ def candidates(
                 DraftModel(small, (1,) * length),
             )
     for widths in args.trees:
-        top = DraftModel(small, widths, "top")
-        ours = heads(own, widths)
         if wanted(args, "medusa"):
-            real = (shipped / "medusa").is_dir()
-            like = ours[f"Medusa, tree {widths}"] if real else top
-            yield (
-                f"Medusa, {len(widths)} heads{'' if real else ' (record of the draft model)'}",
-                Medusa(target, widths),
-                like,
-            )
+            yield f"Medusa, {len(widths)} heads", Medusa(target, widths), medusa_like(own, widths)
         if wanted(args, "eagle"):
-            real = (shipped / "eagle").is_dir()
-            like = ours[f"EAGLE, tree {widths}"] if real else top
-            for vocab in (target.config.vocab, 32000):
-                name = f"EAGLE, {vocab} tokens{'' if real else ' (record of the draft model)'}"
-                yield name, eagle(target, vocab, widths, args.format), like
+            like = eagle_like(own, widths)
+            for vocab in args.vocabularies or (target.config.vocab, 32000):
+                yield f"EAGLE, {vocab} tokens, tree {widths}", eagle(target, vocab, widths, args.format), like
 
 
 def wanted(args: argparse.Namespace, name: str) -> bool:
@@ -423,6 +417,7 @@ def main() -> None:
     parser.add_argument("--format", default="q4f16_1")
     parser.add_argument("--nodes", type=numbers, default=(2, 4, 8, 16, 32, 64))
     parser.add_argument("--lengths", type=numbers, default=(3,))
+    parser.add_argument("--vocabularies", type=numbers, help="of EAGLE heads (default: the target's, and 32000)")
     parser.add_argument("--trees", type=lambda text: [numbers(t) for t in text.split("/")], default=[(2, 1, 1)])
     args = parser.parse_args()
     keep_programs()  # compiled once, for all runs
