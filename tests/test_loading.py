@@ -458,7 +458,7 @@ def test_a_path_that_is_not_there(path):
 
 
 def test_a_bundled_model_that_is_none():
-    with pytest.raises(CheckpointError, match="'target', 'draft' and 'medusa', got 'other'"):
+    with pytest.raises(CheckpointError, match="'target', 'draft', 'medusa' and 'eagle', got 'other'"):
         jaxllm.bundled("other")
 
 
