@@ -245,6 +245,24 @@ def test_the_compilers_words_are_heard(tmp_path):
         iree.compile_to(tmp_path / "bad.mlir", tmp_path / "out", iree.HERE)
 
 
+def test_what_needs_too_much_stack_is_compiled_with_less_fusion(tmp_path, monkeypatch):
+    """As the bundled model in float32 does with its usual chunk of 256 tokens; other errors stay errors."""
+    tried = []
+
+    def compiler(source, program, flags, words="'func.func' op exceeded stack allocation limit of 32768 bytes"):
+        tried.append([flag for flag in flags if "opt-level" in flag])
+        if "--iree-opt-level=O2" in flags:
+            raise JaxllmError(words)
+
+    monkeypatch.setattr(iree, "compile_to", compiler)
+    assert "--iree-opt-level=O1" in iree.compile_within_stack(tmp_path, tmp_path, iree.HERE)
+    assert tried == [["--iree-opt-level=O2"], ["--iree-opt-level=O1"]]
+    monkeypatch.setattr(iree, "compile_to", functools.partial(compiler, words="no such operation"))
+    with pytest.raises(JaxllmError, match="no such operation"):
+        iree.compile_within_stack(tmp_path, tmp_path, iree.HERE)
+    assert len(tried) == 3
+
+
 def test_vulkan_computes_in_32_bits(tmp_path, monkeypatch):
     """What the model will be counts, not what the checkpoint is."""
     monkeypatch.setattr(build, "_loaded", lambda *a: pytest.fail("that is work"))

@@ -77,12 +77,12 @@ def build(job: Job) -> Built:
     """model.vmfb, what it was compiled from, its parameters, and the loaders."""
     programs = [(program, portable(exported(program, "cpu"))) for program in job.programs]
     (job.folder / SOURCE).write_text(module(programs), encoding="utf-8")
-    compile_to(job.folder / SOURCE, job.folder / PROGRAM, FLAGS[job.options.platform])
+    flags = compile_within_stack(job.folder / SOURCE, job.folder / PROGRAM, FLAGS[job.options.platform])
     _write_parameters(job.folder / PARAMETERS, job.model.params)
     for name in (RUNNER, EXAMPLE):
         shutil.copyfile(pathlib.Path(shipped.__file__).with_name(name), job.folder / name)
     files = {program.name: {"vmfb": PROGRAM, "mlir": SOURCE} for program in job.programs}
-    limits = {"flags": list(FLAGS[job.options.platform])}
+    limits = {"flags": list(flags)}
     return Built(job.programs, files, (PARAMETERS,), versions(), limits)
 
 
@@ -92,6 +92,21 @@ def versions() -> dict[str, str]:
     from iree.runtime import version as runtime
 
     return {"iree-base-compiler": compiler.VERSION, "iree-base-runtime": runtime.VERSION}
+
+
+def compile_within_stack(source: pathlib.Path, program: pathlib.Path, flags: Sequence[str]) -> Sequence[str]:
+    """`compile_to` -> the flags that did it.
+
+    For prefills of many tokens O2 fuses what then needs more stack than IREE allows a function; O1 does not."""
+    try:
+        compile_to(source, program, flags)
+    except JaxllmError as error:
+        plainer = [flag.replace("opt-level=O2", "opt-level=O1") for flag in flags]
+        if "stack allocation limit" not in str(error) or plainer == list(flags):
+            raise
+        compile_to(source, program, plainer)
+        return plainer
+    return flags
 
 
 def compile_to(source: pathlib.Path, program: pathlib.Path, flags: Sequence[str]) -> None:
