@@ -77,11 +77,12 @@ def drafters(target: Model, draft: Model) -> dict[str, Any]:
 
 def heads(target: Model, widths: Sequence[int] = (3, 2, 1)) -> dict[str, Any]:
     """Drafters of the heads that ship with the bundled target."""
+    eagle = eagle_like(target, widths)
     return {
         "Medusa, its tree": load_medusa(bundled("medusa"), target),
         f"Medusa, tree {widths}": medusa_like(target, widths),
-        "EAGLE, grown tree": DraftHead(load_eagle(bundled("eagle"), target)),
-        f"EAGLE, tree {widths}": eagle_like(target, widths),
+        "EAGLE, grown tree": DraftHead(eagle.head),
+        f"EAGLE, tree {widths}": eagle,
     }
 
 

@@ -16,14 +16,16 @@ F32 = jnp.float32
 
 def linear(p: dict, x: Array, out: jnp.dtype | None = None) -> Array:
     """x [..., in] -> [..., out], with p["w"] [out, in] and, where present, p["b"] [out]."""
-    y = ops.matmul(x, p["w"], out=out)
-    return y + p["b"].astype(y.dtype) if "b" in p else y
+    return _biased(p, ops.matmul(x, p["w"], out=out))
 
 
 def linears(ps: Sequence[dict], x: Array) -> list[Array]:
     """`linear` of one x with each of ps."""
-    ys = ops.matmuls(x, [p["w"] for p in ps])
-    return [y + p["b"].astype(y.dtype) if "b" in p else y for p, y in zip(ps, ys, strict=True)]
+    return list(map(_biased, ps, ops.matmuls(x, [p["w"] for p in ps])))
+
+
+def _biased(p: dict, y: Array) -> Array:
+    return y + p["b"].astype(y.dtype) if "b" in p else y
 
 
 def norm(n: Norm, p: dict, x: Array) -> Array:

@@ -103,11 +103,11 @@ void multiply(Packed* weights, int64_t count, Packed* gates, Activation activati
   Packed& p = *weights;
   const int64_t live = live_rows(p.x, p.m, p.k, bytes(p.x_type));
   for (int64_t i = 0; i < count; ++i) {
-    clear_rows(weights[i].y, live, p.m, weights[i].n, bytes(weights[i].y_type));
-    if (i > 0) weights[i].m = live;
+    Packed& w = weights[i];
+    clear_rows(w.y, live, w.m, w.n, bytes(w.y_type));
+    w.m = live;
   }
-  p.m = live;
-  if (p.m == 0) return;
+  if (live == 0) return;
   const Kernel level = kernel(level_within(most), p);
   for (int64_t i = 0; i < count; ++i) weights[i].x_bits = p.x_most <= 127 && p.most_code <= level.bytes_up_to ? 8 : 16;
   if (gates) gates->x_bits = p.x_bits;

@@ -168,6 +168,15 @@ ffi::Error packed_several_call(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Rema
 }  // namespace
 }  // namespace jaxllm
 
+// The attributes of `How`.
+#define JAXLLM_HOW                 \
+  .Attr<int64_t>("kind")           \
+      .Attr<int64_t>("center")     \
+      .Attr<int64_t>("bits")       \
+      .Attr<int64_t>("group")      \
+      .Attr<float>("factor")       \
+      .Attr<xla::ffi::Span<const int64_t>>("table")
+
 #pragma GCC visibility push(default)
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxllm_packed, jaxllm::packed_call,
@@ -183,12 +192,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxllm_packed, jaxllm::packed_call,
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Ret<xla::ffi::AnyBuffer>()
-                                  .Attr<int64_t>("kind")
-                                  .Attr<int64_t>("center")
-                                  .Attr<int64_t>("bits")
-                                  .Attr<int64_t>("group")
-                                  .Attr<float>("factor")
-                                  .Attr<xla::ffi::Span<const int64_t>>("table")
+                                  JAXLLM_HOW
                                   .Attr<int64_t>("level")
                                   .Attr<int64_t>("threads"));
 
@@ -211,12 +215,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxllm_packed_gated, jaxllm::packed_gated_call,
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Ret<xla::ffi::AnyBuffer>()
-                                  .Attr<int64_t>("kind")
-                                  .Attr<int64_t>("center")
-                                  .Attr<int64_t>("bits")
-                                  .Attr<int64_t>("group")
-                                  .Attr<float>("factor")
-                                  .Attr<xla::ffi::Span<const int64_t>>("table")
+                                  JAXLLM_HOW
                                   .Attr<int64_t>("activation")
                                   .Attr<int64_t>("level")
                                   .Attr<int64_t>("threads"));
@@ -227,13 +226,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxllm_packed_several, jaxllm::packed_several_call
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .RemainingArgs()
                                   .RemainingRets()
-                                  .Attr<int64_t>("kind")
-                                  .Attr<int64_t>("center")
-                                  .Attr<int64_t>("bits")
-                                  .Attr<int64_t>("group")
-                                  .Attr<float>("factor")
-                                  .Attr<xla::ffi::Span<const int64_t>>("table")
+                                  JAXLLM_HOW
                                   .Attr<int64_t>("level")
                                   .Attr<int64_t>("threads"));
 
 #pragma GCC visibility pop
+#undef JAXLLM_HOW
